@@ -1,0 +1,1 @@
+//! Evaluation: GenEval's rules, result layouts, and the shapes bench.

@@ -1,0 +1,1 @@
+//! The models of Nitro-E with their official state-dict names: E-MMDiT, DC-AE, Llama, and weight files.

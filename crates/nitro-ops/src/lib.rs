@@ -1,0 +1,1 @@
+//! Fused tensor operations, declared once: Burn backend extensions over the CPU kernels, composed Burn operations elsewhere.
