@@ -1,1 +1,8 @@
-//! The models of Nitro-E with their official state-dict names: E-MMDiT, DC-AE, Llama, and weight files.
+//! The models of Nitro-E, each with its official state-dict names and shapes.
+
+mod error;
+pub mod layers;
+mod params;
+
+pub use error::WeightError;
+pub use params::{Init, ParameterSource, ParameterSpec, Params};

@@ -1,1 +1,27 @@
-//! Fused tensor operations, declared once: Burn backend extensions over the CPU kernels, composed Burn operations elsewhere.
+//! Fused tensor operations of the models, each declared once.
+//!
+//! An operation is a function over Burn tensors with a *composed* form, written in Burn's own
+//! operations, that runs on every device and is differentiated by Burn; most have a *fused* form as
+//! well, a `FusedOp` over the kernels of `nitro-kernels` with a hand-written backward pass, that
+//! is taken whenever the tensors live on the CPU. Models call the function and know of neither.
+//!
+//! Layout is channel-last everywhere: tokens `[batch, tokens, channels]`, images
+//! `[batch, height, width, channels]`. Weights keep their official PyTorch shapes.
+
+mod attention;
+mod conv;
+mod elementwise;
+mod fused;
+mod linear;
+mod norm;
+mod resample;
+
+pub use attention::{AttentionShape, Qkv, attention, joint_attention, relu_linear_attention};
+pub use conv::{ConvGeometry, conv2d};
+pub use elementwise::{gate_residual, gelu_tanh, silu, silu_gated};
+pub use linear::{Activation, linear};
+pub use norm::{layer_norm_modulate, rms_norm};
+pub use resample::{pixel_shuffle, pixel_unshuffle, upsample_nearest_2x};
+
+/// How products are computed; accumulation is always `f32`.
+pub use nitro_kernels::isa::Precision;

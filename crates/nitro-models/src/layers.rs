@@ -1,0 +1,131 @@
+//! Layers shared by the models, under PyTorch's names and shapes.
+
+use burn::tensor::Tensor;
+use nitro_ops::{Activation, ConvGeometry, Precision, conv2d, linear, rms_norm};
+
+use crate::{Init, Params, WeightError};
+
+/// `torch.nn.Linear`: `weight [out, in]`, `bias [out]`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    precision: Precision,
+}
+
+impl Linear {
+    /// With a bias.
+    pub fn new(p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Self, WeightError> {
+        let bias = p.tensor("bias", [outputs], fan_in_init(inputs))?;
+        Ok(Self { bias: Some(bias), ..Self::without_bias(p, inputs, outputs)? })
+    }
+
+    /// Without a bias.
+    pub fn without_bias(
+        p: &Params<'_>,
+        inputs: usize,
+        outputs: usize,
+    ) -> Result<Self, WeightError> {
+        let weight = p.tensor("weight", [outputs, inputs], fan_in_init(inputs))?;
+        Ok(Self { weight, bias: None, precision: p.precision() })
+    }
+
+    /// `x [.., in] -> [.., out]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.forward_with(x, Activation::None)
+    }
+
+    /// `activation(linear(x))` in one pass.
+    pub fn forward_with<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
+        linear(x, &self.weight, self.bias.as_ref(), activation, self.precision)
+    }
+}
+
+/// `torch.nn.Conv2d` over channel-last images: `weight [out, in / groups, k, k]`, `bias [out]`.
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    weight: Tensor<4>,
+    bias: Option<Tensor<1>>,
+    geometry: ConvGeometry,
+    precision: Precision,
+}
+
+/// The static part of a [`Conv2d`].
+#[derive(Clone, Copy, Debug)]
+pub struct ConvSpec {
+    /// Input channels.
+    pub inputs: usize,
+    /// Output channels.
+    pub outputs: usize,
+    /// Kernel size; padding is `kernel / 2`.
+    pub kernel: usize,
+    /// Step in both directions.
+    pub stride: usize,
+    /// Channel groups.
+    pub groups: usize,
+    /// Whether there is a bias.
+    pub bias: bool,
+}
+
+impl ConvSpec {
+    /// A dense convolution of stride 1 with a bias.
+    pub fn new(inputs: usize, outputs: usize, kernel: usize) -> Self {
+        Self { inputs, outputs, kernel, stride: 1, groups: 1, bias: true }
+    }
+}
+
+impl Conv2d {
+    /// The convolution that `spec` describes.
+    pub fn new(p: &Params<'_>, spec: ConvSpec) -> Result<Self, WeightError> {
+        let ConvSpec { inputs, outputs, kernel, stride, groups, bias } = spec;
+        let per_group = inputs / groups;
+        let init = fan_in_init(per_group * kernel * kernel);
+        Ok(Self {
+            weight: p.tensor("weight", [outputs, per_group, kernel, kernel], init)?,
+            bias: bias.then(|| p.tensor("bias", [outputs], init)).transpose()?,
+            geometry: ConvGeometry { stride, padding: kernel / 2, groups },
+            precision: p.precision(),
+        })
+    }
+
+    /// `x [batch, height, width, in] -> [batch, height', width', out]`.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        self.forward_with(x, Activation::None)
+    }
+
+    /// `activation(conv(x))` in one pass.
+    pub fn forward_with(&self, x: Tensor<4>, activation: Activation) -> Tensor<4> {
+        conv2d(x, &self.weight, self.bias.as_ref(), self.geometry, activation, self.precision)
+    }
+}
+
+/// RMS norm over the last dimension, with an optional bias (DC-AE has one).
+#[derive(Clone, Debug)]
+pub struct RmsNorm {
+    weight: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// `weight [width]` alone.
+    pub fn new(p: &Params<'_>, width: usize, eps: f64) -> Result<Self, WeightError> {
+        Ok(Self { weight: p.tensor("weight", [width], Init::Ones)?, bias: None, eps })
+    }
+
+    /// `weight [width]` and `bias [width]`.
+    pub fn with_bias(p: &Params<'_>, width: usize, eps: f64) -> Result<Self, WeightError> {
+        let bias = p.tensor("bias", [width], Init::Zeros)?;
+        Ok(Self { bias: Some(bias), ..Self::new(p, width, eps)? })
+    }
+
+    /// Normalises each run of `width` channels of the last dimension.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        rms_norm(x, &self.weight, self.bias.as_ref(), self.eps)
+    }
+}
+
+/// PyTorch's default initialisation of linear layers and convolutions.
+fn fan_in_init(fan_in: usize) -> Init {
+    Init::Uniform((fan_in as f64).powf(-0.5))
+}

@@ -1,0 +1,148 @@
+//! How a model gets its parameters: by official name, shape and initialisation, from any source.
+//!
+//! A model's constructor asks a [`Params`] for each tensor under its official state-dict name. The
+//! same constructor therefore reads checkpoints, draws a fresh initialisation, rebuilds a model
+//! around the tensors of a training step, and lists what a checkpoint must hold.
+
+use std::fmt;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use nitro_ops::Precision;
+
+use crate::WeightError;
+
+/// How a parameter starts when it is not loaded.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// All zeros.
+    Zeros,
+    /// All ones.
+    Ones,
+    /// Uniform in `-bound..bound`. PyTorch's default for linear layers and convolutions, weight and
+    /// bias alike, is a bound of `1 / sqrt(fan_in)`.
+    Uniform(f64),
+    /// Normal with this standard deviation.
+    Normal(f64),
+}
+
+/// A parameter that a model asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParameterSpec {
+    /// Official state-dict name.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Initialisation.
+    pub init: Init,
+    /// False for a buffer (such as `pos_embed.pos_embed`): stored in checkpoints, never trained.
+    pub trainable: bool,
+}
+
+impl ParameterSpec {
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Something that gives a model its parameters.
+pub trait ParameterSource {
+    /// The parameter, flattened in row-major order, on `device`.
+    fn parameter(&self, spec: &ParameterSpec, device: &Device) -> Result<Tensor<1>, WeightError>;
+
+    /// Whether the source holds a tensor of this name.
+    ///
+    /// Sources that make parameters up hold none that are optional.
+    fn contains(&self, name: &str) -> bool;
+}
+
+/// A position in the tree of names over a [`ParameterSource`].
+#[derive(Clone)]
+pub struct Params<'a> {
+    source: &'a dyn ParameterSource,
+    prefix: String,
+    device: Device,
+    precision: Precision,
+}
+
+impl fmt::Debug for Params<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Params").field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Params<'a> {
+    /// The root of `source`; tensors are put on `device`, products computed in `precision`.
+    pub fn new(source: &'a dyn ParameterSource, device: &Device, precision: Precision) -> Self {
+        Self { source, prefix: String::new(), device: device.clone(), precision }
+    }
+
+    /// The subtree `name`.
+    pub fn sub(&self, name: impl fmt::Display) -> Self {
+        Self { prefix: self.name(name), ..self.clone() }
+    }
+
+    /// The same position, with products in another precision.
+    pub fn with_precision(&self, precision: Precision) -> Self {
+        Self { precision, ..self.clone() }
+    }
+
+    /// The full official name of `leaf`.
+    pub fn name(&self, leaf: impl fmt::Display) -> String {
+        match self.prefix.as_str() {
+            "" => leaf.to_string(),
+            prefix => format!("{prefix}.{leaf}"),
+        }
+    }
+
+    /// The device parameters are put on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// How products with these parameters are computed.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Whether the source holds `leaf`.
+    pub fn contains(&self, leaf: impl fmt::Display) -> bool {
+        self.source.contains(&self.name(leaf))
+    }
+
+    /// The trainable parameter `leaf`.
+    pub fn tensor<const D: usize>(
+        &self,
+        leaf: &str,
+        shape: [usize; D],
+        init: Init,
+    ) -> Result<Tensor<D>, WeightError> {
+        self.get(leaf, shape, init, true)
+    }
+
+    /// The buffer `leaf`: read from a checkpoint that has it, else `default()`.
+    pub fn buffer<const D: usize>(
+        &self,
+        leaf: &str,
+        shape: [usize; D],
+        default: impl FnOnce() -> Vec<f32>,
+    ) -> Result<Tensor<D>, WeightError> {
+        if self.contains(leaf) {
+            self.get(leaf, shape, Init::Zeros, false)
+        } else {
+            Ok(Tensor::from_data(TensorData::new(default(), shape), &self.device))
+        }
+    }
+
+    fn get<const D: usize>(
+        &self,
+        leaf: &str,
+        shape: [usize; D],
+        init: Init,
+        trainable: bool,
+    ) -> Result<Tensor<D>, WeightError> {
+        let spec =
+            ParameterSpec { name: self.name(leaf), shape: shape.to_vec(), init, trainable };
+        Ok(self.source.parameter(&spec, &self.device)?.reshape(shape))
+    }
+}
