@@ -1,0 +1,526 @@
+//! Blocking and sharing of one product between threads.
+
+use super::epilogue::{Activation, Epilogue, apply_with_isa};
+use super::kernel::{KernelSet, LANES, MAX_ROWS, Tile};
+use super::matrix::{MatRef, reach};
+use super::pack::{ABlock, Layout, pack_b};
+use crate::error::{KernelError, check_eq, check_len};
+use crate::isa::{Isa, Precision};
+use crate::pool::{Line, Scratch, SharedPtr, num_threads, par_for};
+
+/// Rows of A packed at once: 128 rows of 192 units are 96 KiB, a tenth of L2.
+const BLOCK_ROWS: usize = 128;
+
+/// `C = act((C if accumulate) + A B + bias)`, with A of M x K, B of K x N and C row major with rows
+/// `ldc` elements apart.
+///
+/// # Errors
+/// If the shapes disagree or `c`, the bias or the pre-activation buffer is too short.
+pub fn gemm(
+    a: MatRef<'_>,
+    b: MatRef<'_>,
+    c: &mut [f32],
+    ldc: usize,
+    accumulate: bool,
+    epilogue: Epilogue<'_>,
+    precision: Precision,
+) -> Result<(), KernelError> {
+    gemm_with_isa(
+        Isa::current(),
+        a,
+        b,
+        c,
+        ldc,
+        accumulate,
+        epilogue,
+        precision,
+    )
+}
+
+/// [`gemm`] on a given instruction set (or the portable one where it is not supported).
+///
+/// # Errors
+/// As [`gemm`].
+pub fn gemm_with_isa(
+    isa: Isa,
+    a: MatRef<'_>,
+    b: MatRef<'_>,
+    c: &mut [f32],
+    ldc: usize,
+    accumulate: bool,
+    epilogue: Epilogue<'_>,
+    precision: Precision,
+) -> Result<(), KernelError> {
+    check_eq("gemm: rows of B against columns of A", a.cols(), b.rows())?;
+    let target = Target::new(a.rows(), b.cols(), c, ldc, accumulate, epilogue)?;
+    if a.rows() == 0 || b.cols() == 0 {
+        return Ok(());
+    }
+    let set = KernelSet::new(isa, precision);
+    let splits = k_splits(&set, a.rows(), b.cols(), a.cols());
+    if splits > 1 {
+        split_k(&set, a, b, &target, splits);
+        return Ok(());
+    }
+    let layout = Layout::new(&set, a.cols(), b.cols());
+    let mut packed = Scratch::take(layout.bytes());
+    // SAFETY: the scratch holds `layout.bytes()` bytes and is ours.
+    unsafe {
+        pack_b(&set, &layout, &b, packed.as_mut_ptr().cast());
+        shared_b(&set, &layout, packed.as_mut_ptr().cast(), &a, &target);
+    }
+    Ok(())
+}
+
+/// B packed once, for weights used in many products.
+pub struct PackedB {
+    set: KernelSet,
+    precision: Precision,
+    layout: Layout,
+    lines: Vec<Line>,
+}
+
+impl std::fmt::Debug for PackedB {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PackedB")
+            .field("isa", &self.set.isa)
+            .field("precision", &self.precision)
+            .field("k", &self.layout.k)
+            .field("n", &self.layout.n)
+            .finish()
+    }
+}
+
+impl PackedB {
+    /// Packs a K x N matrix for products at `precision` (for a linear layer's weight `[N, K]`, pass
+    /// its transposed view).
+    pub fn new(b: MatRef<'_>, precision: Precision) -> Self {
+        PackedB::with_isa(Isa::current(), b, precision)
+    }
+
+    /// [`PackedB::new`] for a given instruction set.
+    pub fn with_isa(isa: Isa, b: MatRef<'_>, precision: Precision) -> Self {
+        let set = KernelSet::new(isa, precision);
+        let layout = Layout::new(&set, b.rows(), b.cols());
+        let mut lines = vec![Line([0; LANES]); layout.bytes().div_ceil(64)];
+        // SAFETY: the lines hold `layout.bytes()` bytes.
+        unsafe { pack_b(&set, &layout, &b, lines.as_mut_ptr().cast()) };
+        PackedB {
+            set,
+            precision,
+            layout,
+            lines,
+        }
+    }
+
+    /// K, the rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.layout.k
+    }
+
+    /// N, the columns of the matrix.
+    pub fn cols(&self) -> usize {
+        self.layout.n
+    }
+
+    /// The precision of products with this matrix.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+}
+
+/// [`gemm`] with a prepacked B.
+///
+/// # Errors
+/// As [`gemm`].
+pub fn gemm_packed(
+    a: MatRef<'_>,
+    b: &PackedB,
+    c: &mut [f32],
+    ldc: usize,
+    accumulate: bool,
+    epilogue: Epilogue<'_>,
+) -> Result<(), KernelError> {
+    check_eq("gemm: rows of B against columns of A", a.cols(), b.rows())?;
+    let target = Target::new(a.rows(), b.cols(), c, ldc, accumulate, epilogue)?;
+    if a.rows() == 0 || b.cols() == 0 {
+        return Ok(());
+    }
+    // SAFETY: `b.lines` was packed with this layout and set.
+    unsafe { shared_b(&b.set, &b.layout, b.lines.as_ptr().cast(), &a, &target) };
+    Ok(())
+}
+
+/// C and its epilogue, checked, in the form tasks on several threads can share.
+struct Target {
+    m: usize,
+    n: usize,
+    c: SharedPtr<f32>,
+    ldc: usize,
+    accumulate: bool,
+    bias: SharedPtr<f32>,
+    activation: Activation,
+    pre_activation: SharedPtr<f32>,
+}
+
+impl Target {
+    /// The pointers stay valid while the borrows given here last, that is during the call.
+    fn new(
+        m: usize,
+        n: usize,
+        c: &mut [f32],
+        ldc: usize,
+        accumulate: bool,
+        epilogue: Epilogue<'_>,
+    ) -> Result<Target, KernelError> {
+        if ldc < n {
+            return Err(KernelError::Mismatch {
+                what: "gemm: row stride of C must be at least its columns",
+                expected: n,
+                actual: ldc,
+            });
+        }
+        check_len("gemm: C", reach(m, n, ldc, 1), c.len())?;
+        if let Some(bias) = epilogue.bias {
+            check_eq("gemm: bias values", n, bias.len())?;
+        }
+        if let Some(pre_activation) = &epilogue.pre_activation {
+            check_len(
+                "gemm: pre-activation",
+                reach(m, n, ldc, 1),
+                pre_activation.len(),
+            )?;
+        }
+        Ok(Target {
+            m,
+            n,
+            c: SharedPtr(c.as_mut_ptr()),
+            ldc,
+            accumulate,
+            bias: SharedPtr(
+                epilogue
+                    .bias
+                    .map_or(std::ptr::null_mut(), |b| b.as_ptr().cast_mut()),
+            ),
+            activation: epilogue.activation,
+            pre_activation: SharedPtr(
+                epilogue
+                    .pre_activation
+                    .map_or(std::ptr::null_mut(), |p| p.as_mut_ptr()),
+            ),
+        })
+    }
+}
+
+/// A rectangle of C, in rows and panels.
+struct Part {
+    rows: std::ops::Range<usize>,
+    panels: std::ops::Range<usize>,
+}
+
+/// The product with all of B packed: C is cut into row blocks, and into panel groups where there are
+/// too few row blocks for the threads.
+///
+/// # Safety
+/// `packed` must hold B in `layout`, packed for `set`.
+unsafe fn shared_b(
+    set: &KernelSet,
+    layout: &Layout,
+    packed: *const f32,
+    a: &MatRef<'_>,
+    target: &Target,
+) {
+    let packed = SharedPtr(packed.cast_mut());
+    let work = target.m * target.n * layout.k.max(1);
+    // Below this the hand-over costs more than the second thread brings (about 20 us of one core).
+    let threads = if work < 2_000_000 { 1 } else { num_threads() };
+    let (row_parts, panel_parts) = cut(set, target.m, layout.panels(), threads);
+    par_for(row_parts * panel_parts, |task| {
+        let (i, j) = (task / panel_parts, task % panel_parts);
+        let tiles = target.m.div_ceil(set.rows);
+        let row = |part: usize| (tiles * part / row_parts * set.rows).min(target.m);
+        let panel = |part: usize| layout.panels() * part / panel_parts;
+        let part = Part {
+            rows: row(i)..row(i + 1),
+            panels: panel(j)..panel(j + 1),
+        };
+        // SAFETY: `packed` is the caller's; parts of C are disjoint.
+        unsafe { run_part(set, layout, packed.get(), a, target, part) };
+    });
+}
+
+/// Into how many row parts and panel parts C is cut.
+fn cut(set: &KernelSet, m: usize, panels: usize, threads: usize) -> (usize, usize) {
+    let tiles = m.div_ceil(set.rows);
+    let by_size = m.div_ceil(BLOCK_ROWS);
+    if threads == 1 {
+        return (by_size, 1);
+    }
+    // A multiple of the thread count, so that all finish together; parts of at least four tiles.
+    let row_parts = by_size
+        .next_multiple_of(threads)
+        .min(tiles.div_ceil(4))
+        .max(1);
+    if row_parts >= threads {
+        return (row_parts, 1);
+    }
+    (row_parts, threads.div_ceil(row_parts).min(panels).max(1))
+}
+
+/// One part of C, over all of K.
+///
+/// # Safety
+/// `packed` must hold B in `layout`; nobody else may touch the part of C.
+unsafe fn run_part(
+    set: &KernelSet,
+    layout: &Layout,
+    packed: *const f32,
+    a: &MatRef<'_>,
+    target: &Target,
+    part: Part,
+) {
+    let rows = part.rows.len();
+    let mut scratch = Scratch::take(ABlock::bytes(layout, rows));
+    for block in 0..layout.blocks() {
+        let from = part.rows.start;
+        // SAFETY: the scratch was sized for these rows.
+        let a_block =
+            unsafe { ABlock::pack(set, layout, a, from, rows, block, scratch.as_mut_ptr()) };
+        for panel in part.panels.clone() {
+            let (first, vectors) = layout.panel(panel);
+            // SAFETY: the panel lies inside the packed operand.
+            let b = unsafe { packed.add(layout.offset(block, first)) };
+            let units = layout.units_of(block);
+            // SAFETY: as this function's contract.
+            unsafe {
+                run_panel(
+                    set, layout, target, &a_block, &part, block, first, vectors, units, b,
+                )
+            }
+        }
+    }
+}
+
+/// One panel of one K block, over the rows of a part.
+///
+/// # Safety
+/// As [`run_part`].
+#[inline]
+unsafe fn run_panel(
+    set: &KernelSet,
+    layout: &Layout,
+    target: &Target,
+    a_block: &ABlock,
+    part: &Part,
+    block: usize,
+    first_vector: usize,
+    vectors: usize,
+    units: usize,
+    b: *const f32,
+) {
+    let column = first_vector * LANES;
+    let cols = (target.n - column).min(vectors * LANES);
+    let last = block + 1 == layout.blocks();
+    let bias = if block == 0 && !target.bias.get().is_null() {
+        target.bias.get().wrapping_add(column)
+    } else {
+        std::ptr::null_mut()
+    };
+    let mut tile = Tile {
+        a: [std::ptr::null(); MAX_ROWS],
+        a_step: a_block.step,
+        segments: 1,
+        segment_units: units,
+        a_segment_step: 0,
+        b,
+        c: [std::ptr::null_mut(); MAX_ROWS],
+        rows: set.rows,
+        vectors,
+        cols,
+        bias,
+        accumulate: target.accumulate || block > 0,
+    };
+    for row in part.rows.clone().step_by(set.rows) {
+        tile.rows = set.rows.min(part.rows.end - row);
+        for i in 0..tile.rows {
+            tile.a[i] = a_block.row(row - part.rows.start + i);
+            tile.c[i] = target.c.get().wrapping_add((row + i) * target.ldc + column);
+        }
+        // SAFETY: rows of the A block and the panel hold `units` units; rows of C hold `cols` values
+        // from `column`, inside the part of C that this task owns.
+        unsafe {
+            (set.tile)(&tile);
+            if last && target.activation != Activation::None {
+                let pre = target.pre_activation.get();
+                let pre = if pre.is_null() {
+                    pre
+                } else {
+                    pre.wrapping_add(row * target.ldc + column)
+                };
+                run_tile_epilogue(set.isa, &tile, target.activation, pre, target.ldc);
+            } else if last && !target.pre_activation.get().is_null() {
+                let pre = target
+                    .pre_activation
+                    .get()
+                    .wrapping_add(row * target.ldc + column);
+                run_tile_epilogue(set.isa, &tile, Activation::None, pre, target.ldc);
+            }
+        }
+    }
+}
+
+/// Copies a finished tile to `pre_activation` (unless null; row stride `ldp`), then activates it.
+///
+/// # Safety
+/// The rows of C in `tile` and of `pre_activation` must be valid for `tile.cols` values and ours.
+#[inline]
+pub(crate) unsafe fn run_tile_epilogue(
+    isa: Isa,
+    tile: &Tile,
+    activation: Activation,
+    pre_activation: *mut f32,
+    ldp: usize,
+) {
+    for i in 0..tile.rows {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let c = std::slice::from_raw_parts_mut(tile.c[i], tile.cols);
+            if !pre_activation.is_null() {
+                let pre = pre_activation.add(i * ldp);
+                std::ptr::copy_nonoverlapping(c.as_ptr(), pre, tile.cols);
+            }
+            apply_with_isa(isa, activation, c);
+        }
+    }
+}
+
+/// How many ranges to cut K into. A weight gradient has a long K and a small C: each thread then packs
+/// and multiplies its own range of K into its own copy of C, and nothing is packed twice.
+fn k_splits(set: &KernelSet, m: usize, n: usize, k: usize) -> usize {
+    let threads = num_threads();
+    let tiles = m.div_ceil(set.rows) * n.div_ceil(LANES * set.vectors);
+    // The copies of C are written and summed once per split: worth it if K is several times longer
+    // than what a copy costs, or if C has too few tiles to occupy the threads.
+    let long = k >= 1024 && k >= 4 * m.min(n);
+    let few = k >= 512 && tiles < 4 * threads;
+    if threads > 1 && (long || few) {
+        threads.min(k / 256)
+    } else {
+        1
+    }
+}
+
+/// The product as a sum over ranges of K, each computed by one task.
+fn split_k(set: &KernelSet, a: MatRef<'_>, b: MatRef<'_>, target: &Target, splits: usize) {
+    let (m, n, k) = (target.m, target.n, a.cols());
+    let size = m * n;
+    // The first range goes straight to C (with the bias); the others to copies, added afterwards.
+    let mut copies = Scratch::take((splits - 1) * size * 4);
+    let copies = SharedPtr(copies.as_mut_ptr().cast::<f32>());
+    par_for(splits, |split| {
+        let depth = set.unit.depth();
+        let cut = |i: usize| (k / depth * i / splits) * depth;
+        let end = if split + 1 == splits {
+            k
+        } else {
+            cut(split + 1)
+        };
+        let (start, count) = (cut(split), end - cut(split));
+        let part_target = if split == 0 {
+            Target {
+                m,
+                n,
+                activation: Activation::None,
+                pre_activation: SharedPtr(std::ptr::null_mut()),
+                ..*target
+            }
+        } else {
+            Target {
+                m,
+                n,
+                c: SharedPtr(copies.get().wrapping_add((split - 1) * size)),
+                ldc: n,
+                accumulate: false,
+                bias: SharedPtr(std::ptr::null_mut()),
+                activation: Activation::None,
+                pre_activation: SharedPtr(std::ptr::null_mut()),
+            }
+        };
+        // SAFETY: each split writes C or its own copy.
+        unsafe {
+            serial(
+                set,
+                a.columns(start, count),
+                b.row_range(start, count),
+                &part_target,
+            );
+        }
+    });
+    let parts = num_threads().min(m);
+    par_for(parts, |part| {
+        for row in m * part / parts..m * (part + 1) / parts {
+            // SAFETY: rows of C and of the copies are disjoint between parts and inside their buffers.
+            unsafe {
+                let c = std::slice::from_raw_parts_mut(target.c.get().add(row * target.ldc), n);
+                for copy in 0..splits - 1 {
+                    let from = copies.get().add(copy * size + row * n);
+                    let from = std::slice::from_raw_parts(from, n);
+                    c.iter_mut().zip(from).for_each(|(c, x)| *c += x);
+                }
+                if !target.pre_activation.get().is_null() {
+                    let pre = target.pre_activation.get().add(row * target.ldc);
+                    std::ptr::copy_nonoverlapping(c.as_ptr(), pre, n);
+                }
+                apply_with_isa(set.isa, target.activation, c);
+            }
+        }
+    });
+}
+
+/// A whole product on this thread, packing B one K block at a time so that it stays in L2.
+///
+/// # Safety
+/// Nobody else may touch the C of `target`.
+unsafe fn serial(set: &KernelSet, a: MatRef<'_>, b: MatRef<'_>, target: &Target) {
+    let layout = Layout::new(set, a.cols(), b.cols());
+    let part_rows = target.m.min(2 * BLOCK_ROWS);
+    let mut a_scratch = Scratch::take(ABlock::bytes(&layout, part_rows));
+    let block_bytes = (0..layout.blocks())
+        .map(|i| layout.units_of(i))
+        .max()
+        .unwrap_or(0);
+    let mut b_scratch = Scratch::take(block_bytes * target.n.next_multiple_of(LANES) * 4);
+    for block in 0..layout.blocks() {
+        let units = layout.units_of(block);
+        let packed = b_scratch.as_mut_ptr().cast::<u32>();
+        for panel in 0..layout.panels() {
+            let (first, vectors) = layout.panel(panel);
+            // SAFETY: the scratch holds one block of all panels.
+            unsafe {
+                let to = packed.add(first * units * LANES);
+                super::pack::pack_panel(set, &layout, &b, block, first, vectors, to);
+            }
+        }
+        for start in (0..target.m).step_by(part_rows) {
+            let part = Part {
+                rows: start..(start + part_rows).min(target.m),
+                panels: 0..layout.panels(),
+            };
+            let rows = part.rows.len();
+            // SAFETY: the scratch was sized for `part_rows` rows.
+            let a_block = unsafe {
+                ABlock::pack(set, &layout, &a, start, rows, block, a_scratch.as_mut_ptr())
+            };
+            for panel in part.panels.clone() {
+                let (first, vectors) = layout.panel(panel);
+                // SAFETY: as this function's contract; the panel was packed above.
+                unsafe {
+                    let b = packed.add(first * units * LANES).cast::<f32>();
+                    run_panel(
+                        set, &layout, target, &a_block, &part, block, first, vectors, units, b,
+                    );
+                }
+            }
+        }
+    }
+}

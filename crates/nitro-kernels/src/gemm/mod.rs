@@ -1,0 +1,30 @@
+//! Matrix products over f32 memory, in f32 or bf16 arithmetic, for every shape the models use.
+//!
+//! `C = act((C if accumulating) + A B + bias)`. Operands are views with any strides, so
+//! the three products of a linear layer need no copies: forward `X W^T`, input gradient `dY W`, weight
+//! gradient `dY^T X`. Operands are packed into panels on the way (and rounded to bf16 there), C stays
+//! row major. Work is shared over the rayon pool of the caller; for a given number of threads results
+//! are the same from run to run.
+
+mod convert;
+mod driver;
+mod epilogue;
+mod kernel;
+#[cfg(target_arch = "aarch64")]
+mod kernel_neon;
+mod kernel_portable;
+#[cfg(target_arch = "x86_64")]
+mod kernel_x86;
+mod matrix;
+mod pack;
+mod sums;
+
+pub use driver::{PackedB, gemm, gemm_packed, gemm_with_isa};
+pub use epilogue::{Activation, Epilogue};
+pub use matrix::MatRef;
+pub use sums::column_sum;
+
+pub(crate) use convert::{convert_run, interleave};
+pub(crate) use driver::run_tile_epilogue;
+pub(crate) use epilogue::apply_with_isa;
+pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile, Unit};

@@ -1,0 +1,151 @@
+//! Sharing work between threads, and scratch memory that is kept between calls.
+//!
+//! Kernels run on the rayon pool of the caller (`rayon::ThreadPool::install` chooses another one).
+//! A call from outside the pool costs a hand-over of some microseconds; long loops of small kernels
+//! are best run inside [`install`].
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The number of threads kernels called from here will use.
+pub fn num_threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Runs `f` on a thread of the pool, so that the kernels it calls need no hand-over.
+pub fn install<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    if rayon::current_thread_index().is_some() {
+        return f();
+    }
+    // `join` from outside moves both closures onto the pool and waits.
+    rayon::join(f, || ()).0
+}
+
+/// Calls `f(0)`, ..., `f(tasks - 1)`, each once, on as many threads as the pool has. Tasks are taken
+/// in order as threads get free, so unequal tasks balance.
+pub fn par_for(tasks: usize, f: impl Fn(usize) + Sync) {
+    let workers = num_threads().min(tasks);
+    if workers <= 1 {
+        (0..tasks).for_each(f);
+        return;
+    }
+    let next = AtomicUsize::new(0);
+    let work = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                return;
+            }
+            f(i);
+        }
+    };
+    fan_out(workers, &work);
+}
+
+/// Runs `work` `copies` times, in parallel where threads are free. A copy that starts late finds the
+/// counter exhausted and returns at once.
+fn fan_out(copies: usize, work: &(impl Fn() + Sync)) {
+    if copies <= 1 {
+        work();
+        return;
+    }
+    let left = copies / 2;
+    rayon::join(|| fan_out(copies - left, work), || fan_out(left, work));
+}
+
+/// One cache line; the unit of scratch memory, so that packed panels start aligned.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u32; 16]);
+
+thread_local! {
+    // A stack, because a thread that waits for its own parallel call may run another one meanwhile.
+    static SCRATCH: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A scratch buffer of this thread, given back when dropped. Contents are arbitrary.
+pub(crate) struct Scratch {
+    lines: Vec<Line>,
+}
+
+impl Scratch {
+    /// A buffer of at least `bytes` bytes, aligned to 64.
+    pub(crate) fn take(bytes: usize) -> Scratch {
+        let count = bytes.div_ceil(64);
+        let mut lines = SCRATCH.with(|stack| {
+            let mut stack = stack.borrow_mut();
+            // The smallest that fits, so that a large panel buffer is not spent on a small block.
+            let best = (0..stack.len())
+                .filter(|&i| stack[i].len() >= count)
+                .min_by_key(|&i| stack[i].len());
+            match best {
+                Some(i) => stack.swap_remove(i),
+                None => stack.pop().unwrap_or_default(),
+            }
+        });
+        if lines.len() < count {
+            // A fresh vector rather than `resize`: old contents need no copy.
+            lines = vec![Line([0; 16]); count];
+        }
+        Scratch { lines }
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.lines.as_mut_ptr().cast()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        // The thread may be shutting down; then the memory is simply freed.
+        let _ = SCRATCH.try_with(|stack| stack.borrow_mut().push(lines));
+    }
+}
+
+/// A pointer that may cross threads. Whoever dereferences it says why the accesses do not overlap.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedPtr<T>(pub(crate) *mut T);
+
+// SAFETY: the pointer itself is plain data; every use states which part it owns.
+unsafe impl<T: Send> Send for SharedPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedPtr<T> {}
+
+impl<T> SharedPtr<T> {
+    pub(crate) fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_exactly_once() {
+        for tasks in [0, 1, 2, 3, 1000] {
+            let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            par_for(tasks, |i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(
+                counts
+                    .iter()
+                    .all(|count| count.load(Ordering::Relaxed) == 1)
+            );
+        }
+    }
+
+    #[test]
+    fn nested_calls_do_not_share_scratch() {
+        par_for(4, |_| {
+            let mut outer = Scratch::take(1000);
+            let first = outer.as_mut_ptr() as usize;
+            par_for(4, |_| {
+                let mut inner = Scratch::take(1000);
+                assert_ne!(inner.as_mut_ptr() as usize, first);
+            });
+        });
+    }
+}
