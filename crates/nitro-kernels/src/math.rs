@@ -18,7 +18,7 @@ pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     p = s.fma(p, r, s.splat(0.009_618_083));
     p = s.fma(p, r, s.splat(0.055_503_57));
     p = s.fma(p, r, s.splat(0.240_226_5));
-    p = s.fma(p, r, s.splat(0.693_147_2));
+    p = s.fma(p, r, s.splat(std::f32::consts::LN_2));
     p = s.fma(p, r, s.splat(1.0));
     s.ldexp(p, n)
 }

@@ -44,6 +44,17 @@ impl Level {
         }
     }
 
+    /// Number of `f32` in one vector.
+    pub(crate) fn lanes(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Avx512::LANES,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => Avx2::LANES,
+            Self::Portable => Portable::LANES,
+        }
+    }
+
     /// Every level this processor can run, for tests.
     #[cfg(test)]
     pub(crate) fn available() -> Vec<Self> {

@@ -1,0 +1,341 @@
+//! Attention backward: probabilities are recomputed from the scores and the log-sum-exp.
+
+use super::layout::{Rows, bases, gather, scatter};
+use super::{
+    AttentionConfig, Problem, Segment, SegmentGrads, Workspace, block_rows, rows, workspace_len,
+};
+use crate::error::{KernelError, check_eq};
+use crate::pool::{Scratch, SharedPtr, par_for};
+use crate::simd::Level;
+use crate::tile::{Left, Out, Right, Size, Start, multiply, pack_transposed};
+use std::f32::consts::{LN_2, LOG2_E};
+
+pub(super) fn run(
+    level: Level,
+    cfg: &AttentionConfig,
+    segments: &[Segment<'_>],
+    key_mask: Option<&[bool]>,
+    outs: &[&[f32]],
+    lse: &[f32],
+    douts: &[&[f32]],
+    grads: &mut [SegmentGrads<'_>],
+) -> Result<(), KernelError> {
+    let problem = Problem::new(cfg, segments, key_mask, lse.len())?;
+    check_eq(
+        "attention outputs (one per segment)",
+        segments.len(),
+        outs.len(),
+    )?;
+    check_eq(
+        "attention output gradients (one per segment)",
+        segments.len(),
+        douts.len(),
+    )?;
+    check_eq(
+        "attention input gradients (one per segment)",
+        segments.len(),
+        grads.len(),
+    )?;
+    for (i, segment) in segments.iter().enumerate() {
+        check_eq("attention output length", segment.q.len(), outs[i].len())?;
+        check_eq(
+            "attention output gradient length",
+            segment.q.len(),
+            douts[i].len(),
+        )?;
+        check_eq(
+            "attention query gradient length",
+            segment.q.len(),
+            grads[i].dq.len(),
+        )?;
+        check_eq(
+            "attention key gradient length",
+            segment.k.len(),
+            grads[i].dk.len(),
+        )?;
+        check_eq(
+            "attention value gradient length",
+            segment.v.len(),
+            grads[i].dv.len(),
+        )?;
+    }
+    let unit = Backward {
+        level,
+        problem: &problem,
+        q: segments.iter().map(|s| s.q).collect(),
+        k: segments.iter().map(|s| s.k).collect(),
+        v: segments.iter().map(|s| s.v).collect(),
+        outs,
+        douts,
+        lse,
+        dq: grads
+            .iter_mut()
+            .map(|g| SharedPtr(g.dq.as_mut_ptr()))
+            .collect(),
+        dk: grads
+            .iter_mut()
+            .map(|g| SharedPtr(g.dk.as_mut_ptr()))
+            .collect(),
+        dv: grads
+            .iter_mut()
+            .map(|g| SharedPtr(g.dv.as_mut_ptr()))
+            .collect(),
+    };
+    par_for(problem.units(), |i| unit.run(i));
+    Ok(())
+}
+
+struct Backward<'a> {
+    level: Level,
+    problem: &'a Problem<'a>,
+    q: Vec<&'a [f32]>,
+    k: Vec<&'a [f32]>,
+    v: Vec<&'a [f32]>,
+    outs: &'a [&'a [f32]],
+    douts: &'a [&'a [f32]],
+    lse: &'a [f32],
+    dq: Vec<SharedPtr<f32>>,
+    dk: Vec<SharedPtr<f32>>,
+    dv: Vec<SharedPtr<f32>>,
+}
+
+impl Backward<'_> {
+    fn run(&self, unit: usize) {
+        let (level, problem, cfg) = (self.level, self.problem, &self.problem.cfg);
+        let (sample, group, kv_head) = problem.unit(unit);
+        let queries = &problem.query_tokens[group];
+        let keys = &problem.key_tokens[group];
+        let (dim, lanes) = (cfg.head_dim, level.lanes());
+        let padded = dim.next_multiple_of(lanes);
+        let width = keys.len().next_multiple_of(lanes);
+        let block = block_rows(width, 2).min(queries.len());
+
+        let (per_key, per_query) = (width * padded, block * padded);
+        let sizes = [
+            per_key,
+            per_key,
+            per_key,
+            per_key,
+            per_key,
+            width,
+            per_query,
+            per_query,
+            per_query,
+            block * width,
+            block * width,
+            block,
+            block,
+        ];
+        let len = workspace_len(&sizes);
+        let mut scratch = Scratch::take(len * size_of::<f32>());
+        let mut workspace = Workspace::new(&mut scratch, len);
+        let [
+            key,
+            packed_keys,
+            packed_values,
+            dkey,
+            dvalue,
+            bias,
+            query,
+            output,
+            doutput,
+            scores,
+            dscores,
+            lse,
+            delta,
+        ] = sizes.map(|n| workspace.take(n));
+
+        let kv_width = cfg.kv_heads * dim;
+        let kv_bases = bases(&problem.lengths, sample, kv_width, kv_head * dim);
+        let kv_rows = Rows {
+            tokens: keys,
+            bases: &kv_bases,
+            width: kv_width,
+        };
+        // `key` serves as the unpacked values first.
+        key[keys.len() * padded..].fill(0.0);
+        gather(level, &self.v, &kv_rows, dim, 1.0, key, padded);
+        pack_transposed(level, padded, key, packed_values);
+        gather(level, &self.k, &kv_rows, dim, 1.0, key, padded);
+        pack_transposed(level, padded, key, packed_keys);
+        problem.fill_bias(sample, keys, bias);
+        dkey.fill(0.0);
+        dvalue.fill(0.0);
+        let zeros = vec![0.0f32; width];
+
+        let per_kv = cfg.heads / cfg.kv_heads;
+        for head in kv_head * per_kv..(kv_head + 1) * per_kv {
+            let q_width = cfg.heads * dim;
+            let q_bases = bases(&problem.lengths, sample, q_width, head * dim);
+            for first in (0..queries.len()).step_by(block.max(1)) {
+                let tokens = &queries[first..queries.len().min(first + block)];
+                let m = tokens.len();
+                let q_rows = Rows {
+                    tokens,
+                    bases: &q_bases,
+                    width: q_width,
+                };
+                gather(
+                    level,
+                    &self.q,
+                    &q_rows,
+                    dim,
+                    cfg.scale * LOG2_E,
+                    query,
+                    padded,
+                );
+                gather(level, self.outs, &q_rows, dim, 1.0, output, padded);
+                gather(level, self.douts, &q_rows, dim, 1.0, doutput, padded);
+                rows::row_dots(level, output, doutput, padded, &mut delta[..m]);
+                let lse_row = problem.lse_row(sample, head);
+                for (lse, &t) in lse.iter_mut().zip(tokens) {
+                    let value = self.lse[lse_row + problem.position(t)];
+                    // A query that saw no key: +inf makes all its probabilities 0.
+                    *lse = if value == f32::NEG_INFINITY {
+                        f32::INFINITY
+                    } else {
+                        value * LOG2_E
+                    };
+                }
+                let (seen, first_limit) = if cfg.causal {
+                    ((first + m).next_multiple_of(lanes), first + 1)
+                } else {
+                    (width, usize::MAX)
+                };
+                let real = seen.min(keys.len());
+                let by_key = Size {
+                    m,
+                    vectors: seen / lanes,
+                    k: dim,
+                };
+                // SAFETY: the operands are pieces of the workspace of these very sizes: m <= block
+                // rows, `seen` <= width columns, dim <= padded terms.
+                unsafe {
+                    multiply(
+                        level,
+                        by_key,
+                        Left {
+                            ptr: query.as_ptr(),
+                            row: padded,
+                            col: 1,
+                        },
+                        Right {
+                            ptr: packed_keys.as_ptr(),
+                            row: lanes,
+                            vector: padded * lanes,
+                        },
+                        Start {
+                            ptr: bias.as_ptr(),
+                            row: 0,
+                        },
+                        Out {
+                            ptr: scores.as_mut_ptr(),
+                            row: seen,
+                        },
+                    );
+                    multiply(
+                        level,
+                        by_key,
+                        Left {
+                            ptr: doutput.as_ptr(),
+                            row: padded,
+                            col: 1,
+                        },
+                        Right {
+                            ptr: packed_values.as_ptr(),
+                            row: lanes,
+                            vector: padded * lanes,
+                        },
+                        Start {
+                            ptr: zeros.as_ptr(),
+                            row: 0,
+                        },
+                        Out {
+                            ptr: dscores.as_mut_ptr(),
+                            row: seen,
+                        },
+                    );
+                }
+                let (p, ds) = (&mut scores[..m * seen], &mut dscores[..m * seen]);
+                rows::score_gradients(level, p, ds, seen, first_limit, &lse[..m], &delta[..m]);
+                // dV += P^T dO and dK += dS^T Q, reading P and dS by columns.
+                let by_value = Size {
+                    m: real,
+                    vectors: padded / lanes,
+                    k: m,
+                };
+                let accumulate = |left: &[f32], right: &[f32], out: &mut [f32]| {
+                    // SAFETY: `left` has m rows of `seen`, `right` m rows of `padded`, and `out`
+                    // at least `real` rows of `padded`.
+                    unsafe {
+                        multiply(
+                            level,
+                            by_value,
+                            Left {
+                                ptr: left.as_ptr(),
+                                row: 1,
+                                col: seen,
+                            },
+                            Right {
+                                ptr: right.as_ptr(),
+                                row: padded,
+                                vector: lanes,
+                            },
+                            Start {
+                                ptr: out.as_ptr(),
+                                row: padded,
+                            },
+                            Out {
+                                ptr: out.as_mut_ptr(),
+                                row: padded,
+                            },
+                        );
+                    }
+                };
+                accumulate(p, doutput, dvalue);
+                accumulate(ds, query, dkey);
+                // dQ = dS K; the outputs are used up, their scratch takes it.
+                let dquery = &mut *output;
+                dquery[..m * padded].fill(0.0);
+                // SAFETY: as above; the terms are the real keys that are seen.
+                unsafe {
+                    multiply(
+                        level,
+                        Size {
+                            m,
+                            vectors: padded / lanes,
+                            k: real,
+                        },
+                        Left {
+                            ptr: ds.as_ptr(),
+                            row: seen,
+                            col: 1,
+                        },
+                        Right {
+                            ptr: key.as_ptr(),
+                            row: padded,
+                            vector: lanes,
+                        },
+                        Start {
+                            ptr: dquery.as_ptr(),
+                            row: padded,
+                        },
+                        Out {
+                            ptr: dquery.as_mut_ptr(),
+                            row: padded,
+                        },
+                    );
+                    // SAFETY: the rows lie in the gradients, whose lengths were checked; units have
+                    // disjoint rows.
+                    scatter(level, &self.dq, &q_rows, dim, &[cfg.scale], dquery, padded);
+                }
+            }
+        }
+        // The gathered queries carry scale * log2(e); scores and so their gradient are natural.
+        // SAFETY: as for dQ; the key head is this unit's alone.
+        unsafe {
+            scatter(level, &self.dk, &kv_rows, dim, &[LN_2], dkey, padded);
+            scatter(level, &self.dv, &kv_rows, dim, &[1.0], dvalue, padded);
+        }
+    }
+}

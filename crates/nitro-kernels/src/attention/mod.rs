@@ -1,0 +1,326 @@
+//! Softmax attention over one or more token segments, forward and backward.
+//!
+//! One unit of work is a (sample, group, key head). Its rows are gathered from the segments into
+//! scratch that stays in the second-level cache, so neither the joint sequence nor the groups of
+//! Alternating Subregion Attention are ever built in memory. Scores are kept in base 2: the factor
+//! `scale * log2(e)` is applied to the queries as they are gathered.
+
+mod backward;
+mod forward;
+mod layout;
+mod rows;
+#[cfg(test)]
+mod tests;
+
+use crate::error::{KernelError, check_eq};
+use crate::pool::{Scratch, SharedPtr};
+use crate::simd::Level;
+
+/// Queries, keys and values of one run of tokens, for example the image's or the text's.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    /// `[batch, tokens, heads * head_dim]`, or empty if the segment's outputs are not needed.
+    pub q: &'a [f32],
+    /// `[batch, tokens, kv_heads * head_dim]`, or empty (with `v`) if nothing attends to the segment.
+    pub k: &'a [f32],
+    /// As `k`.
+    pub v: &'a [f32],
+    /// Tokens per sample.
+    pub tokens: usize,
+}
+
+/// Where [`attention_backward`] writes the gradients of one [`Segment`]; each slice has the length of
+/// the corresponding input.
+#[derive(Debug)]
+pub struct SegmentGrads<'a> {
+    /// Gradient of `q`.
+    pub dq: &'a mut [f32],
+    /// Gradient of `k`.
+    pub dk: &'a mut [f32],
+    /// Gradient of `v`.
+    pub dv: &'a mut [f32],
+}
+
+/// Shape and kind of an attention.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionConfig {
+    /// Samples.
+    pub batch: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`. Query head `h` uses key head `h / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+    /// Factor on `q . k`, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// Number of groups that attend separately (1 = all tokens attend to each other). Token
+    /// `(l * groups + s) * run + n` of every segment belongs to group `s`; this is the regrouping
+    /// `(l s n) -> s (l n)` of Alternating Subregion Attention.
+    pub groups: usize,
+    /// Consecutive tokens that stay together in a group.
+    pub run: usize,
+    /// Query `i` sees keys `j <= i` only. Needs one segment with keys and queries, and one group.
+    pub causal: bool,
+}
+
+impl AttentionConfig {
+    /// Full attention of `heads` heads in one group, with the usual scale.
+    pub fn joint(batch: usize, heads: usize, head_dim: usize) -> Self {
+        Self {
+            batch,
+            heads,
+            kv_heads: heads,
+            head_dim,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            groups: 1,
+            run: 1,
+            causal: false,
+        }
+    }
+}
+
+/// Computes `softmax(scale * q k^T) v` per sample, group and head.
+///
+/// The joint sequence is the concatenation of the segments in order. `key_mask` (`[batch, total
+/// tokens]`, `true` = may be attended) hides keys; a query that sees no key gets zeros. `outs[i]` has
+/// the shape of `segments[i].q`. `lse` (`[batch, heads, total tokens]`) receives the logarithm of the
+/// sum of exponentials for the backward pass, `-inf` where no key is seen; entries of segments
+/// without queries are left as they are.
+///
+/// # Errors
+/// A length that does not follow from the shapes, head counts that do not divide, token counts that
+/// `groups * run` does not divide, or causal attention with more than one segment or group.
+pub fn attention_forward(
+    cfg: &AttentionConfig,
+    segments: &[Segment<'_>],
+    key_mask: Option<&[bool]>,
+    outs: &mut [&mut [f32]],
+    lse: &mut [f32],
+) -> Result<(), KernelError> {
+    forward::run(Level::active(), cfg, segments, key_mask, outs, lse)
+}
+
+/// Gradients of [`attention_forward`]: from its inputs, its results `outs` and `lse`, and the
+/// gradients `douts` of `outs`, overwrites `grads`.
+///
+/// # Errors
+/// As [`attention_forward`].
+pub fn attention_backward(
+    cfg: &AttentionConfig,
+    segments: &[Segment<'_>],
+    key_mask: Option<&[bool]>,
+    outs: &[&[f32]],
+    lse: &[f32],
+    douts: &[&[f32]],
+    grads: &mut [SegmentGrads<'_>],
+) -> Result<(), KernelError> {
+    backward::run(
+        Level::active(),
+        cfg,
+        segments,
+        key_mask,
+        outs,
+        lse,
+        douts,
+        grads,
+    )
+}
+
+/// A checked problem: who attends to whom, and where everything lies.
+struct Problem<'a> {
+    cfg: AttentionConfig,
+    /// Tokens of every segment.
+    lengths: Vec<usize>,
+    /// Tokens of all segments.
+    total: usize,
+    /// Of each segment, the position of its first token in the joint sequence.
+    offsets: Vec<usize>,
+    /// Per group, the tokens that have queries.
+    query_tokens: Vec<Vec<layout::Token>>,
+    /// Per group, the tokens that have keys.
+    key_tokens: Vec<Vec<layout::Token>>,
+    key_mask: Option<&'a [bool]>,
+}
+
+impl<'a> Problem<'a> {
+    fn new(
+        cfg: &AttentionConfig,
+        segments: &[Segment<'_>],
+        key_mask: Option<&'a [bool]>,
+        lse_len: usize,
+    ) -> Result<Self, KernelError> {
+        let unsupported = |what, value, help| Err(KernelError::Unsupported { what, value, help });
+        if cfg.head_dim == 0 || cfg.heads == 0 || cfg.kv_heads == 0 {
+            return unsupported(
+                "attention heads or head dimension",
+                0,
+                "give at least one of each",
+            );
+        }
+        if !cfg.heads.is_multiple_of(cfg.kv_heads) {
+            return unsupported(
+                "attention key heads",
+                cfg.kv_heads,
+                "it must divide the number of query heads",
+            );
+        }
+        if cfg.groups == 0 || cfg.run == 0 {
+            return unsupported(
+                "attention groups or run length",
+                0,
+                "use 1 for plain joint attention",
+            );
+        }
+        if cfg.causal && (segments.len() != 1 || cfg.groups != 1) {
+            return unsupported(
+                "causal attention segments",
+                segments.len(),
+                "causal attention takes exactly one segment and one group",
+            );
+        }
+        for segment in segments {
+            if !segment.tokens.is_multiple_of(cfg.groups * cfg.run) {
+                return unsupported(
+                    "attention tokens of a segment",
+                    segment.tokens,
+                    "groups * run must divide it; pad the segment or use one group",
+                );
+            }
+            let rows = cfg.batch * segment.tokens * cfg.head_dim;
+            if !segment.q.is_empty() {
+                check_eq("attention query length", rows * cfg.heads, segment.q.len())?;
+            }
+            if !segment.k.is_empty() {
+                check_eq("attention key length", rows * cfg.kv_heads, segment.k.len())?;
+            }
+            check_eq(
+                "attention value length (as the keys')",
+                segment.k.len(),
+                segment.v.len(),
+            )?;
+            if cfg.causal {
+                check_eq(
+                    "causal attention query length",
+                    rows * cfg.heads,
+                    segment.q.len(),
+                )?;
+                check_eq(
+                    "causal attention key length",
+                    rows * cfg.kv_heads,
+                    segment.k.len(),
+                )?;
+            }
+        }
+        let lengths: Vec<usize> = segments.iter().map(|s| s.tokens).collect();
+        let total: usize = lengths.iter().sum();
+        check_eq(
+            "attention log-sum-exp length",
+            cfg.batch * cfg.heads * total,
+            lse_len,
+        )?;
+        if let Some(mask) = key_mask {
+            check_eq("attention key mask length", cfg.batch * total, mask.len())?;
+        }
+        let offsets = lengths
+            .iter()
+            .scan(0, |at, tokens| {
+                *at += tokens;
+                Some(*at - tokens)
+            })
+            .collect();
+        let present = |has: &dyn Fn(&Segment<'_>) -> bool| -> Vec<usize> {
+            segments
+                .iter()
+                .map(|s| if has(s) { s.tokens } else { 0 })
+                .collect()
+        };
+        Ok(Self {
+            cfg: *cfg,
+            total,
+            offsets,
+            query_tokens: layout::tokens_of_groups(cfg, &present(&|s| !s.q.is_empty())),
+            key_tokens: layout::tokens_of_groups(cfg, &present(&|s| !s.k.is_empty())),
+            lengths,
+            key_mask,
+        })
+    }
+
+    /// Units of work: one per sample, group and key head.
+    fn units(&self) -> usize {
+        self.cfg.batch * self.cfg.groups * self.cfg.kv_heads
+    }
+
+    /// Sample, group and key head of a unit.
+    fn unit(&self, unit: usize) -> (usize, usize, usize) {
+        let (rest, kv_head) = (unit / self.cfg.kv_heads, unit % self.cfg.kv_heads);
+        (rest / self.cfg.groups, rest % self.cfg.groups, kv_head)
+    }
+
+    /// Start of the log-sum-exp row of a sample and head.
+    fn lse_row(&self, sample: usize, head: usize) -> usize {
+        (sample * self.cfg.heads + head) * self.total
+    }
+
+    /// Position of a token in the joint sequence.
+    fn position(&self, t: layout::Token) -> usize {
+        self.offsets[t.segment as usize] + t.token as usize
+    }
+
+    /// Fills `bias` with 0 for visible keys and `-inf` for hidden ones and the padding.
+    fn fill_bias(&self, sample: usize, keys: &[layout::Token], bias: &mut [f32]) {
+        let (real, padding) = bias.split_at_mut(keys.len());
+        padding.fill(f32::NEG_INFINITY);
+        match self.key_mask {
+            None => real.fill(0.0),
+            Some(mask) => {
+                for (bias, &key) in real.iter_mut().zip(keys) {
+                    let visible = mask[sample * self.total + self.position(key)];
+                    *bias = if visible { 0.0 } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+    }
+}
+
+/// Scratch of one unit, handed out piece by piece.
+struct Workspace<'a> {
+    free: &'a mut [f32],
+}
+
+impl<'a> Workspace<'a> {
+    fn new(scratch: &'a mut Scratch, len: usize) -> Self {
+        // SAFETY: the scratch was taken with at least this many bytes (see `scratch_for`), is
+        // aligned, and every bit pattern is a valid f32.
+        let free = unsafe { std::slice::from_raw_parts_mut(scratch.as_mut_ptr().cast(), len) };
+        Self { free }
+    }
+
+    /// The next `len` values, with arbitrary contents; `len` is rounded up to a cache line.
+    fn take(&mut self, len: usize) -> &'a mut [f32] {
+        let free = std::mem::take(&mut self.free);
+        let (taken, free) = free.split_at_mut(len.next_multiple_of(16));
+        self.free = free;
+        &mut taken[..len]
+    }
+}
+
+/// Values that hold pieces of the given lengths, each rounded up to a cache line.
+fn workspace_len(pieces: &[usize]) -> usize {
+    pieces.iter().map(|len| len.next_multiple_of(16)).sum()
+}
+
+/// Shares the slices between threads.
+fn shared(slices: &mut [&mut [f32]]) -> Vec<SharedPtr<f32>> {
+    slices
+        .iter_mut()
+        .map(|slice| SharedPtr(slice.as_mut_ptr()))
+        .collect()
+}
+
+/// Query rows of one block: multiples of 24 (which every register tile divides), as many as keep
+/// `buffers` blocks of scores in the first-level cache.
+fn block_rows(keys: usize, buffers: usize) -> usize {
+    let in_cache = 32 * 1024 / size_of::<f32>() / buffers / keys.max(1);
+    (in_cache / 24 * 24).clamp(24, 96)
+}
