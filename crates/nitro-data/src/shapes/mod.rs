@@ -2,19 +2,22 @@
 //! can judge exactly. It mirrors GenEval's six tasks.
 //!
 //! The flow: [`example`] plans what a picture shows and what its caption says, [`scene`] places the
-//! objects, [`render`](mod@render) paints them, [`caption`](mod@caption) words the facts.
+//! objects, [`render`](mod@render) paints them, [`caption`](mod@caption) words the facts, and
+//! [`judge`](mod@judge) reads class, colour and box back from pixels.
 //!
 //! ```
 //! use nitro_data::shapes::{self, Example};
 //!
 //! let example = Example::from_seed(7);
 //! let rgb = shapes::render(&example.scene, 128); // 128 * 128 * 3 bytes
-//! assert_eq!(rgb.len(), 128 * 128 * 3);
+//! let found = shapes::judge(&rgb, 128, 128).unwrap();
+//! assert_eq!(found.len(), example.scene.objects.len());
 //! ```
 
 pub mod caption;
 pub mod example;
 pub mod geometry;
+pub mod judge;
 mod raster;
 pub mod render;
 pub mod scene;
@@ -24,6 +27,7 @@ use thiserror::Error;
 
 pub use caption::{Facts, Group, Relation, caption};
 pub use example::{Example, Task, TaskMix, captions, sample_example};
+pub use judge::{Detection, judge};
 pub use render::{render, render_into};
 pub use scene::{Background, Brightness, Kind, Object, Scene, Shadow};
 
