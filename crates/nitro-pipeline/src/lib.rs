@@ -1,1 +1,12 @@
-//! Prompt to picture: caption cleaning, tokenisation, model folders and the Hub, the pipeline, PNG with metadata.
+//! Prompt to picture: model folders and the Hub, tokenisation, the pipeline.
+
+pub mod card;
+mod error;
+pub mod files;
+pub mod hub;
+pub mod tokenizer;
+
+pub use card::{ModelCard, Variant};
+pub use error::{PipelineError, RequestError};
+pub use files::{EmbeddedModel, ModelFile, ModelFiles, ModelLocation, OFFICIAL_REPOSITORY};
+pub use hub::{DownloadProgress, Hub, HubError, HubOptions};
