@@ -1,5 +1,6 @@
 //! CPU micro-kernels per instruction set, chosen at run time. No Burn here; the only crate where `unsafe` may appear.
 
+pub mod attention;
 pub mod error;
 pub mod gemm;
 pub mod isa;
@@ -8,5 +9,6 @@ pub mod norm;
 
 mod math;
 mod simd;
+mod tile;
 #[cfg(test)]
 mod testing;
