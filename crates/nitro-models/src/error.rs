@@ -23,7 +23,9 @@ pub enum WeightError {
         reason: String,
     },
     /// A tensor is not there.
-    #[error("{origin} has no tensor `{name}` (expected shape {expected:?}); is it the right model?")]
+    #[error(
+        "{origin} has no tensor `{name}` (expected shape {expected:?}); is it the right model?"
+    )]
     Missing {
         /// File, folder or other source.
         origin: String,
@@ -70,4 +72,14 @@ pub enum WeightError {
         /// What is wrong and what was expected.
         reason: String,
     },
+}
+
+/// A model was given inputs that do not suit it.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{model}: {reason}")]
+pub struct InputError {
+    /// The model.
+    pub model: &'static str,
+    /// What was wrong and what was expected.
+    pub reason: String,
 }

@@ -1,6 +1,6 @@
 //! Layers shared by the models, under PyTorch's names and shapes.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use nitro_ops::{Activation, ConvGeometry, Precision, conv2d, linear, rms_norm};
 
 use crate::{Init, Params, WeightError};
@@ -28,6 +28,54 @@ impl Linear {
     ) -> Result<Self, WeightError> {
         let weight = p.tensor("weight", [outputs, inputs], fan_in_init(inputs))?;
         Ok(Self { weight, bias: None, precision: p.precision() })
+    }
+
+    /// A 1x1 `torch.nn.Conv2d`, weight `[out, in, 1, 1]`: over channel-last images, a linear layer.
+    pub fn pointwise(
+        p: &Params<'_>,
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+    ) -> Result<Self, WeightError> {
+        let init = fan_in_init(inputs);
+        let weight = p.tensor("weight", [outputs, inputs, 1, 1], init)?;
+        let bias = bias.then(|| p.tensor("bias", [outputs], init)).transpose()?;
+        Ok(Self { weight: weight.reshape([outputs, inputs]), bias, precision: p.precision() })
+    }
+
+    /// A `torch.nn.Conv2d` whose stride is its kernel size, weight `[out, in, patch, patch]`: over
+    /// images whose patches were moved to channels (`pixel_unshuffle`), a linear layer.
+    pub fn patches(
+        p: &Params<'_>,
+        inputs: usize,
+        outputs: usize,
+        patch: usize,
+    ) -> Result<Self, WeightError> {
+        let fan_in = inputs * patch * patch;
+        let init = fan_in_init(fan_in);
+        let weight = p.tensor("weight", [outputs, inputs, patch, patch], init)?;
+        let bias = Some(p.tensor("bias", [outputs], init)?);
+        Ok(Self { weight: weight.reshape([outputs, fan_in]), bias, precision: p.precision() })
+    }
+
+    /// Several layers without bias over the same input as one product: their outputs, `outputs`
+    /// each, lie one after the other.
+    pub fn stacked(
+        p: &Params<'_>,
+        names: &[&str],
+        inputs: usize,
+        outputs: usize,
+    ) -> Result<Self, WeightError> {
+        let weights = names.iter().map(|name| {
+            p.sub(name).tensor::<2>("weight", [outputs, inputs], fan_in_init(inputs))
+        });
+        let weight = Tensor::cat(weights.collect::<Result<Vec<_>, _>>()?, 0);
+        Ok(Self { weight, bias: None, precision: p.precision() })
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.weight.device()
     }
 
     /// `x [.., in] -> [.., out]`.

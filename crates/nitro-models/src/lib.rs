@@ -1,8 +1,19 @@
 //! The models of Nitro-E, each with its official state-dict names and shapes.
 
+pub mod dcae;
+pub mod emmdit;
 mod error;
+mod formula;
 pub mod layers;
+pub mod llama;
 mod params;
+mod random;
+mod tensor_map;
+mod weights;
 
-pub use error::WeightError;
+pub use error::{InputError, WeightError};
+pub use formula::FormulaWeights;
 pub use params::{Init, ParameterSource, ParameterSpec, Params};
+pub use random::RandomInit;
+pub use tensor_map::TensorMap;
+pub use weights::{DType, WeightFiles, save_safetensors};

@@ -1,0 +1,431 @@
+//! E-MMDiT, the velocity model of Nitro-E.
+//!
+//! Image and text tokens pass through joint blocks in three groups. The middle group, most of the
+//! depth, sees the image through a few compressed tokens. `D` is the width, `T` the number of image
+//! tokens, `L` that of text tokens. Official code: AMD-AGI/Nitro-E,
+//! `core/models/transformer_emmdit.py`.
+
+mod block;
+mod config;
+mod position;
+
+use burn::tensor::{Tensor, TensorData};
+use nitro_ops::{Activation, Precision, layer_norm_modulate, pixel_shuffle, pixel_unshuffle, silu};
+
+pub use self::config::{Adaln, EmmditConfig, RepaConfig};
+pub use self::position::PositionTable;
+
+use self::block::{Block, EPS};
+use self::position::{TIME_CHANNELS, time_table};
+use crate::layers::Linear;
+use crate::{InputError, Params, WeightError};
+
+/// Receives intermediate results by name, such as `block.04.hidden`.
+pub type Observer<'a> = &'a mut dyn FnMut(&str, Tensor<3>);
+
+/// What training reads from a forward pass.
+#[derive(Clone, Debug)]
+pub struct EmmditOutput {
+    /// The velocity as tokens, `[B, T, patch * patch * out_channels]`.
+    pub tokens: Tensor<3>,
+    /// Each REPA projector's view of the first group's image tokens, `[B, T, z_dim]`.
+    pub projections: Vec<Tensor<3>>,
+}
+
+/// The velocity model.
+#[derive(Clone, Debug)]
+pub struct Emmdit {
+    config: EmmditConfig,
+    patch_embed: Linear,
+    positions: Tensor<3>,  // [max, max, D], as the checkpoint has it
+    reinforced: Tensor<3>, // [1, T, D], always recomputed
+    time: TimeEmbedding,
+    text_embed: Linear,
+    groups: [Vec<Block>; 3],
+    compression: Option<(Compressor, Reconstructor)>,
+    proj_out: Linear,
+    projectors: Vec<[Linear; 3]>,
+}
+
+impl Emmdit {
+    /// The model of `config` with parameters from `p`, under the official names.
+    pub fn new(config: &EmmditConfig, p: &Params<'_>) -> Result<Self, WeightError> {
+        config.check()?;
+        let width = config.width();
+        let patch = config.patch_size;
+        let side = config.pos_embed_max_size;
+        let table = config.positions();
+        let positions: Tensor<3> =
+            p.sub("pos_embed")
+                .buffer("pos_embed", [1, side * side, width], || table.whole())?;
+        let grid = config.grid();
+        let reinforced = TensorData::new(table.centre(grid, grid), [1, grid * grid, width]);
+
+        let mut index = 0;
+        let mut group = |group: usize| -> Result<Vec<Block>, WeightError> {
+            (0..config.block_groups[group])
+                .map(|i| {
+                    let last = index + 1 == config.blocks();
+                    let place = p.sub(format_args!("block_groups.{group}.{i}"));
+                    let block = Block::new(config, &place, index, last);
+                    index += 1;
+                    block
+                })
+                .collect()
+        };
+        let groups = [group(0)?, group(1)?, group(2)?];
+
+        let compression = |width| -> Result<_, WeightError> {
+            let compressor = Compressor::new(&p.sub("tokencompressor.0.0"), width)?;
+            Ok((
+                compressor,
+                Reconstructor::new(&p.sub("tokenreconstructor.0.0"), width)?,
+            ))
+        };
+        let projector = |(i, z): (usize, &usize), hidden: usize| -> Result<_, WeightError> {
+            let p = p.sub(format_args!("projectors.{i}"));
+            Ok([
+                Linear::new(&p.sub(0), width, hidden)?,
+                Linear::new(&p.sub(2), hidden, hidden)?,
+                Linear::new(&p.sub(4), hidden, *z)?,
+            ])
+        };
+        let projectors = match &config.repa {
+            Some(RepaConfig {
+                projector_dim,
+                z_dims,
+            }) => z_dims
+                .iter()
+                .enumerate()
+                .map(|z| projector(z, *projector_dim))
+                .collect::<Result<_, _>>()?,
+            None => Vec::new(),
+        };
+
+        Ok(Self {
+            patch_embed: Linear::patches(
+                &p.sub("pos_embed.proj"),
+                config.in_channels,
+                width,
+                patch,
+            )?,
+            positions: positions.reshape([side, side, width]),
+            reinforced: Tensor::from_data(reinforced, p.device()),
+            time: TimeEmbedding::new(&p.sub("adaln_single"), width)?,
+            text_embed: Linear::new(&p.sub("context_embedder"), config.caption_channels, width)?,
+            groups,
+            compression: config
+                .token_compression
+                .then(|| compression(width))
+                .transpose()?,
+            proj_out: Linear::new(
+                &p.sub("proj_out"),
+                width,
+                patch * patch * config.out_channels,
+            )?,
+            projectors,
+            config: config.clone(),
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &EmmditConfig {
+        &self.config
+    }
+
+    /// The velocity at `latents [B, C, H, W]`, given text features `[B, L, caption_channels]` and
+    /// the diffusion time (0 to 1000) of each sample; same shape as the latents.
+    pub fn forward(
+        &self,
+        latents: Tensor<4>,
+        text: Tensor<3>,
+        times: &[f32],
+    ) -> Result<Tensor<4>, InputError> {
+        self.forward_observed(latents, text, times, None)
+    }
+
+    /// [`forward`](Self::forward), showing intermediate results to `observer`.
+    pub fn forward_observed(
+        &self,
+        latents: Tensor<4>,
+        text: Tensor<3>,
+        times: &[f32],
+        observer: Option<Observer<'_>>,
+    ) -> Result<Tensor<4>, InputError> {
+        let [batch, _, height, width] = latents.dims();
+        let (out, patch) = (self.config.out_channels, self.config.patch_size);
+        let tokens = self.tokens(latents, text, times, false, observer)?.tokens;
+        // [B, h, w, p, q, C] -> [B, C, h, p, w, q]
+        Ok(tokens
+            .reshape([batch, height / patch, width / patch, patch, patch, out])
+            .permute([0, 5, 1, 3, 2, 4])
+            .reshape([batch, out, height, width]))
+    }
+
+    /// What training needs: the velocity as tokens, and the REPA projections.
+    pub fn forward_train(
+        &self,
+        latents: Tensor<4>,
+        text: Tensor<3>,
+        times: &[f32],
+    ) -> Result<EmmditOutput, InputError> {
+        self.tokens(latents, text, times, true, None)
+    }
+
+    fn tokens(
+        &self,
+        latents: Tensor<4>,
+        text: Tensor<3>,
+        times: &[f32],
+        project: bool,
+        mut observer: Option<Observer<'_>>,
+    ) -> Result<EmmditOutput, InputError> {
+        self.check_inputs(&latents, &text, times)?;
+        let mut see = |name: &dyn Fn() -> String, value: &Tensor<3>| {
+            if let Some(observer) = observer.as_mut() {
+                observer(&name(), value.clone());
+            }
+        };
+        let [_, _, height, width] = latents.dims();
+        let grid = [
+            height / self.config.patch_size,
+            width / self.config.patch_size,
+        ];
+
+        let mut image = self.embed(latents, grid); // [B, T, D]
+        see(&|| "pos_embed".to_owned(), &image);
+        let (embedded, time) = self.time.forward(times); // [B, 1, D], [B, 6, D]
+        see(&|| "embedded_timestep".to_owned(), &embedded);
+        see(&|| "temb".to_owned(), &time);
+        let mut text = self.text_embed.forward(text); // [B, L, D]
+        see(&|| "context_embedder".to_owned(), &text);
+
+        let mut projections = Vec::new();
+        let mut skip = None;
+        let mut index = 0;
+        for (group, blocks) in self.groups.iter().enumerate() {
+            if let (1, Some((compressor, _))) = (group, &self.compression) {
+                let compressed = compressor.forward(image.clone(), grid); // [B, T/4 + T/16, D]
+                see(&|| "tokencompressor".to_owned(), &compressed);
+                skip = Some(std::mem::replace(&mut image, compressed));
+            }
+            if let (2, Some((_, reconstructor))) = (group, &self.compression) {
+                if let Some(skip) = skip.take() {
+                    image = reconstructor.forward(image, skip, grid); // [B, T, D]
+                }
+                see(&|| "tokenreconstructor".to_owned(), &image);
+            }
+            if group == 2 && self.config.position_reinforcement {
+                let positions = self.reinforcement(grid);
+                see(&|| "pos_embed_lv0".to_owned(), &positions);
+                image = image + positions;
+            }
+            for block in blocks {
+                let (next_image, next_text) = block.forward(image, text.clone(), &time);
+                image = next_image;
+                see(&|| format!("block.{index:02}.hidden"), &image);
+                if let Some(next_text) = next_text {
+                    text = next_text;
+                    see(&|| format!("block.{index:02}.context"), &text);
+                }
+                index += 1;
+            }
+            if group == 0 && project {
+                projections = self
+                    .projectors
+                    .iter()
+                    .map(|layers| project_by(layers, &image))
+                    .collect();
+            }
+        }
+
+        let image = layer_norm_modulate(image, None, None, EPS);
+        see(&|| "norm_out".to_owned(), &image);
+        Ok(EmmditOutput {
+            tokens: self.proj_out.forward(image),
+            projections,
+        })
+    }
+
+    fn check_inputs(
+        &self,
+        latents: &Tensor<4>,
+        text: &Tensor<3>,
+        times: &[f32],
+    ) -> Result<(), InputError> {
+        let [batch, channels, height, width] = latents.dims();
+        let [text_batch, length, features] = text.dims();
+        let bad = |reason: String| InputError {
+            model: "E-MMDiT",
+            reason,
+        };
+        if channels != self.config.in_channels {
+            let expected = self.config.in_channels;
+            return Err(bad(format!(
+                "latents of {channels} channels: expected {expected}"
+            )));
+        }
+        if features != self.config.caption_channels {
+            let expected = self.config.caption_channels;
+            return Err(bad(format!(
+                "text features of width {features}: expected {expected}"
+            )));
+        }
+        if text_batch != batch || times.len() != batch {
+            return Err(bad(format!(
+                "{batch} latents, {text_batch} texts and {} times: expected one of each per sample",
+                times.len()
+            )));
+        }
+        self.config.check_input(height, width, length).map_err(bad)
+    }
+
+    /// Patches to tokens, with their positions: `[B, C, H, W] -> [B, T, D]`.
+    fn embed(&self, latents: Tensor<4>, [rows, columns]: [usize; 2]) -> Tensor<3> {
+        let batch = latents.dims()[0];
+        let d = self.config.width();
+        let patches = pixel_unshuffle(latents.permute([0, 2, 3, 1]), self.config.patch_size);
+        let table = self.config.positions();
+        let (top, left) = (table.first(rows), table.first(columns));
+        let positions = self
+            .positions
+            .clone()
+            .slice([top..top + rows, left..left + columns, 0..d]);
+        let tokens = self
+            .patch_embed
+            .forward(patches)
+            .reshape([batch, rows * columns, d]);
+        tokens + positions.reshape([1, rows * columns, d])
+    }
+
+    /// The positions added before the last group, `[1, T, D]`.
+    fn reinforcement(&self, [rows, columns]: [usize; 2]) -> Tensor<3> {
+        if [rows, columns] == [self.config.grid(); 2] {
+            return self.reinforced.clone();
+        }
+        let table = self.config.positions().centre(rows, columns);
+        let shape = [1, rows * columns, self.config.width()];
+        Tensor::from_data(TensorData::new(table, shape), &self.reinforced.device())
+    }
+}
+
+/// A REPA projector: three layers with SiLU between them.
+fn project_by(layers: &[Linear; 3], x: &Tensor<3>) -> Tensor<3> {
+    let x = layers[0].forward_with(x.clone(), Activation::Silu);
+    let x = layers[1].forward_with(x, Activation::Silu);
+    layers[2].forward(x)
+}
+
+/// Diffusion times to the modulation vector that all blocks share (AdaLN-single).
+#[derive(Clone, Debug)]
+struct TimeEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    linear: Linear,
+}
+
+impl TimeEmbedding {
+    fn new(p: &Params<'_>, width: usize) -> Result<Self, WeightError> {
+        // One vector per sample costs nothing, and steers every block: keep it exact.
+        let p = p.with_precision(Precision::F32);
+        let embedder = p.sub("emb.timestep_embedder");
+        Ok(Self {
+            linear_1: Linear::new(&embedder.sub("linear_1"), TIME_CHANNELS, width)?,
+            linear_2: Linear::new(&embedder.sub("linear_2"), width, width)?,
+            linear: Linear::new(&p.sub("linear"), width, 6 * width)?,
+        })
+    }
+
+    /// The embedded times `[B, 1, D]` and the modulation `[B, 6, D]`.
+    fn forward(&self, times: &[f32]) -> (Tensor<3>, Tensor<3>) {
+        let table = TensorData::new(time_table(times), [times.len(), 1, TIME_CHANNELS]);
+        let table = Tensor::<3>::from_data(table, &self.linear.device());
+        let hidden = self.linear_1.forward_with(table, Activation::Silu);
+        let embedded = self.linear_2.forward(hidden);
+        let modulation = self.linear.forward(silu(embedded.clone()));
+        let width = embedded.dims()[2];
+        (embedded, modulation.reshape([times.len(), 6, width]))
+    }
+}
+
+/// Two 1x1 convolutions with GELU between them.
+#[derive(Clone, Debug)]
+struct Body([Linear; 2]);
+
+impl Body {
+    fn new(p: &Params<'_>, inputs: usize, width: usize) -> Result<Self, WeightError> {
+        Ok(Self([
+            Linear::pointwise(&p.sub(1), inputs, width, true)?,
+            Linear::pointwise(&p.sub(3), width, width, true)?,
+        ]))
+    }
+
+    fn forward<const N: usize>(&self, x: Tensor<N>) -> Tensor<N> {
+        self.0[1].forward(self.0[0].forward_with(x, Activation::GeluTanh))
+    }
+}
+
+/// The grid seen at half and at a quarter of its resolution.
+#[derive(Clone, Debug)]
+struct Compressor {
+    body2x: Body,
+    body4x: Body,
+}
+
+impl Compressor {
+    fn new(p: &Params<'_>, width: usize) -> Result<Self, WeightError> {
+        Ok(Self {
+            body2x: Body::new(&p.sub("body2x"), 4 * width, width)?,
+            body4x: Body::new(&p.sub("body4x"), 16 * width, width)?,
+        })
+    }
+
+    /// `[B, h w, D] -> [B, h w / 4 + h w / 16, D]`.
+    fn forward(&self, x: Tensor<3>, [h, w]: [usize; 2]) -> Tensor<3> {
+        let [b, _, d] = x.dims();
+        let x = x.reshape([b, h, w, d]);
+        let path = |body: &Body, r: usize| {
+            body.forward(pixel_unshuffle(x.clone(), r))
+                .reshape([b, h / r * (w / r), d])
+        };
+        Tensor::cat(vec![path(&self.body2x, 2), path(&self.body4x, 4)], 1)
+    }
+}
+
+/// Both resolutions brought back to the grid and merged with what it was before compression.
+#[derive(Clone, Debug)]
+struct Reconstructor {
+    body2x: Body,
+    body4x: Body,
+    mergers: [Linear; 2],
+}
+
+impl Reconstructor {
+    fn new(p: &Params<'_>, width: usize) -> Result<Self, WeightError> {
+        Ok(Self {
+            body2x: Body::new(&p.sub("body2x"), width / 4, width)?,
+            body4x: Body::new(&p.sub("body4x"), width / 16, width)?,
+            mergers: [
+                Linear::new(&p.sub("mergers.0"), 3 * width, width)?,
+                Linear::new(&p.sub("mergers.2"), width, width)?,
+            ],
+        })
+    }
+
+    /// `x [B, h w / 4 + h w / 16, D]` and `skip [B, h w, D]` to `[B, h w, D]`.
+    fn forward(&self, x: Tensor<3>, skip: Tensor<3>, [h, w]: [usize; 2]) -> Tensor<3> {
+        let [b, tokens, d] = x.dims();
+        let half = h * w / 4;
+        let path = |body: &Body, range: std::ops::Range<usize>, r: usize| {
+            let x = x.clone().slice_dim(1, range).reshape([b, h / r, w / r, d]);
+            body.forward(pixel_shuffle(x, r)).reshape([b, h * w, d])
+        };
+        let parts = vec![
+            path(&self.body2x, 0..half, 2),
+            path(&self.body4x, half..tokens, 4),
+            skip,
+        ];
+        let merged = self.mergers[0].forward_with(Tensor::cat(parts, 2), Activation::GeluTanh);
+        self.mergers[1].forward(merged)
+    }
+}
