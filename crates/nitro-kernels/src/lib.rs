@@ -1,13 +1,18 @@
 //! CPU micro-kernels per instruction set, chosen at run time. No Burn here; the only crate where `unsafe` may appear.
 
 pub mod attention;
+pub mod conv;
+pub mod elementwise;
 pub mod error;
 pub mod gemm;
 pub mod isa;
+pub mod mapped_file;
 pub mod pool;
 pub mod norm;
+pub mod optim;
 
 mod math;
+mod parallel;
 mod simd;
 mod tile;
 #[cfg(test)]

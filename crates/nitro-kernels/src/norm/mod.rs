@@ -5,6 +5,7 @@ mod rows;
 mod tests;
 
 use crate::error::{KernelError, check_eq};
+use crate::parallel::{RowTasks, part};
 use crate::pool::{SharedPtr, par_for};
 use crate::simd::Level;
 
@@ -44,42 +45,6 @@ pub struct LayerNormParamGrads<'a> {
     pub scale: Option<&'a mut [f32]>,
     /// `[batch, channels]`
     pub shift: Option<&'a mut [f32]>,
-}
-
-/// Elements of one task: large enough to hide the hand-over, and fixed, so that sums over rows do
-/// not depend on the number of threads.
-const TASK_ELEMENTS: usize = 16 * 1024;
-
-/// How rows are divided into tasks. No task crosses a sample, because gain and offset are per sample.
-#[derive(Clone, Copy)]
-struct Tasks {
-    shape: LayerNormShape,
-    rows: usize,
-    per_sample: usize,
-}
-
-impl Tasks {
-    fn new(shape: LayerNormShape) -> Self {
-        let rows = (TASK_ELEMENTS / shape.channels.max(1)).clamp(1, shape.tokens.max(1));
-        let per_sample = shape.tokens.div_ceil(rows);
-        Self {
-            shape,
-            rows,
-            per_sample,
-        }
-    }
-
-    fn count(&self) -> usize {
-        self.shape.batch * self.per_sample
-    }
-
-    /// The sample of a task, and its first row and number of rows among all rows.
-    fn get(&self, task: usize) -> (usize, usize, usize) {
-        let (sample, part) = (task / self.per_sample, task % self.per_sample);
-        let first = part * self.rows;
-        let rows = self.rows.min(self.shape.tokens - first);
-        (sample, sample * self.shape.tokens + first, rows)
-    }
 }
 
 fn check_optional(
@@ -232,16 +197,6 @@ pub fn rms_norm_backward(
     backward(Level::active(), shape, dy, x, params, None, rstd, dx, grads)
 }
 
-/// A mutable view of part of a shared buffer.
-///
-/// # Safety
-/// The range must lie in the buffer, which must outlive the view, and no other view of it may be
-/// alive.
-unsafe fn part<'a>(buffer: SharedPtr<f32>, start: usize, len: usize) -> &'a mut [f32] {
-    // SAFETY: the caller vouches for the range.
-    unsafe { std::slice::from_raw_parts_mut(buffer.get().add(start), len) }
-}
-
 fn forward(
     level: Level,
     shape: LayerNormShape,
@@ -261,22 +216,22 @@ fn forward(
     check_eq("norm output length", x.len(), y.len())?;
     check_eq("norm rstd length", batch * tokens, rstd.len())?;
     params.check(shape)?;
-    let tasks = Tasks::new(shape);
+    let tasks = RowTasks::new(batch, tokens, channels);
     let y = SharedPtr(y.as_mut_ptr());
     let rstd = SharedPtr(rstd.as_mut_ptr());
     let mean = mean.map(|mean| SharedPtr(mean.as_mut_ptr()));
     par_for(tasks.count(), |task| {
-        let (sample, first, rows) = tasks.get(task);
+        let rows = tasks.get(task);
         let mut gain = vec![0.0; channels];
         let mut offset = vec![0.0; channels];
-        params.fold(sample, &mut gain, &mut offset);
-        let span = first * channels..(first + rows) * channels;
+        params.fold(rows.sample, &mut gain, &mut offset);
+        let span = rows.elements(channels);
         // SAFETY: lengths were checked above, and tasks have disjoint rows.
         let (y, mean, rstd) = unsafe {
             (
-                part(y, span.start, span.len()),
-                mean.map_or(&mut [][..], |mean| part(mean, first, rows)),
-                part(rstd, first, rows),
+                part(y, span.clone()),
+                mean.map_or(&mut [][..], |mean| part(mean, rows.rows.clone())),
+                part(rstd, rows.rows.clone()),
             )
         };
         rows::forward_rows(level, &x[span], &gain, &offset, eps, y, mean, rstd);
@@ -332,27 +287,27 @@ fn backward(
         dshift.as_deref(),
     )?;
 
-    let tasks = Tasks::new(shape);
+    let tasks = RowTasks::new(batch, tokens, channels);
     // Per task, two rows: sums of dy * norm(x), and of dy.
     let mut partial = vec![0.0; tasks.count() * 2 * channels];
     let dx = SharedPtr(dx.as_mut_ptr());
     let partial_ptr = SharedPtr(partial.as_mut_ptr());
     par_for(tasks.count(), |task| {
-        let (sample, first, rows) = tasks.get(task);
+        let rows = tasks.get(task);
         let mut gain = vec![0.0; channels];
         let mut offset = vec![0.0; channels];
-        params.fold(sample, &mut gain, &mut offset);
-        let span = first * channels..(first + rows) * channels;
+        params.fold(rows.sample, &mut gain, &mut offset);
+        let span = rows.elements(channels);
         // SAFETY: lengths were checked above, and tasks have disjoint rows and partial sums.
         let (dx, sums) = unsafe {
             (
-                part(dx, span.start, span.len()),
-                part(partial_ptr, task * 2 * channels, 2 * channels),
+                part(dx, span.clone()),
+                part(partial_ptr, task * 2 * channels..(task + 1) * 2 * channels),
             )
         };
         let (dgain, doffset) = sums.split_at_mut(channels);
-        let mean = mean.map_or(&[][..], |mean| &mean[first..first + rows]);
-        let rstd = &rstd[first..first + rows];
+        let mean = mean.map_or(&[][..], |mean| &mean[rows.rows.clone()]);
+        let rstd = &rstd[rows.rows];
         rows::backward_rows(
             level,
             &dy[span.clone()],
@@ -370,7 +325,7 @@ fn backward(
     let mut dgain = vec![0.0; batch * channels];
     let mut doffset = vec![0.0; batch * channels];
     for task in 0..tasks.count() {
-        let sample = task / tasks.per_sample * channels..(task / tasks.per_sample + 1) * channels;
+        let sample = tasks.sample(task) * channels..(tasks.sample(task) + 1) * channels;
         let (g, o) = partial[task * 2 * channels..][..2 * channels].split_at(channels);
         dgain[sample.clone()]
             .iter_mut()
