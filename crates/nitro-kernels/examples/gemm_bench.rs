@@ -85,7 +85,7 @@ fn time(isa: Isa, precision: Precision, s: &Shape) -> f64 {
     };
     let a = view(&a, s.m, s.k, s.a_transposed);
     let b = view(&b, s.k, s.n, s.b_transposed);
-    best(Duration::from_millis(120), || {
+    best(Duration::from_millis(250), || {
         gemm_with_isa(
             isa,
             a,

@@ -139,6 +139,43 @@ pub enum Precision {
     Bf16,
 }
 
+/// Compiles `$body::<FUSED>` for each instruction set under the name `$name(isa, ...)`, so that plain
+/// loops take its vector width. `FUSED` says whether `mul_add` is one instruction. `$body` must be
+/// `#[inline(always)]`, and `isa` one the machine supports.
+macro_rules! multiversion {
+    ($(#[$meta:meta])* $visibility:vis fn $name:ident = $body:ident ($($arg:ident : $ty:ty),* $(,)?)) => {
+        $(#[$meta])*
+        $visibility fn $name(isa: $crate::isa::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+            fn avx512($($arg: $ty),*) {
+                $body::<true>($($arg),*);
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) {
+                $body::<true>($($arg),*);
+            }
+
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                $crate::isa::Isa::Avx512Bf16 | $crate::isa::Isa::Avx512 => {
+                    // SAFETY: callers pass an instruction set the machine supports.
+                    unsafe { avx512($($arg),*) }
+                }
+                #[cfg(target_arch = "x86_64")]
+                $crate::isa::Isa::Avx2 => {
+                    // SAFETY: as above.
+                    unsafe { avx2($($arg),*) }
+                }
+                _ => $body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use multiversion;
+
 #[cfg(test)]
 mod tests {
     use super::*;

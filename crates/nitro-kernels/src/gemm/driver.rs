@@ -152,15 +152,15 @@ pub fn gemm_packed(
 }
 
 /// C and its epilogue, checked, in the form tasks on several threads can share.
-struct Target {
-    m: usize,
-    n: usize,
-    c: SharedPtr<f32>,
-    ldc: usize,
-    accumulate: bool,
-    bias: SharedPtr<f32>,
-    activation: Activation,
-    pre_activation: SharedPtr<f32>,
+pub(crate) struct Target {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) c: SharedPtr<f32>,
+    pub(crate) ldc: usize,
+    pub(crate) accumulate: bool,
+    pub(crate) bias: SharedPtr<f32>,
+    pub(crate) activation: Activation,
+    pub(crate) pre_activation: SharedPtr<f32>,
 }
 
 impl Target {
@@ -213,9 +213,9 @@ impl Target {
 }
 
 /// A rectangle of C, in rows and panels.
-struct Part {
-    rows: std::ops::Range<usize>,
-    panels: std::ops::Range<usize>,
+pub(crate) struct Part {
+    pub(crate) rows: std::ops::Range<usize>,
+    pub(crate) panels: std::ops::Range<usize>,
 }
 
 /// The product with all of B packed: C is cut into row blocks, and into panel groups where there are
@@ -271,7 +271,7 @@ fn cut(set: &KernelSet, m: usize, panels: usize, threads: usize) -> (usize, usiz
 ///
 /// # Safety
 /// `packed` must hold B in `layout`; nobody else may touch the part of C.
-unsafe fn run_part(
+pub(crate) unsafe fn run_part(
     set: &KernelSet,
     layout: &Layout,
     packed: *const f32,
@@ -290,13 +290,9 @@ unsafe fn run_part(
             let (first, vectors) = layout.panel(panel);
             // SAFETY: the panel lies inside the packed operand.
             let b = unsafe { packed.add(layout.offset(block, first)) };
-            let units = layout.units_of(block);
+            let place = (block, first, vectors);
             // SAFETY: as this function's contract.
-            unsafe {
-                run_panel(
-                    set, layout, target, &a_block, &part, block, first, vectors, units, b,
-                )
-            }
+            unsafe { run_panel(set, layout, target, &a_block, part.rows.clone(), place, b) }
         }
     }
 }
@@ -311,22 +307,14 @@ unsafe fn run_panel(
     layout: &Layout,
     target: &Target,
     a_block: &ABlock,
-    part: &Part,
-    block: usize,
-    first_vector: usize,
-    vectors: usize,
-    units: usize,
+    rows: std::ops::Range<usize>,
+    (block, first_vector, vectors): (usize, usize, usize),
     b: *const f32,
 ) {
     let column = first_vector * LANES;
-    let cols = (target.n - column).min(vectors * LANES);
-    let last = block + 1 == layout.blocks();
-    let bias = if block == 0 && !target.bias.get().is_null() {
-        target.bias.get().wrapping_add(column)
-    } else {
-        std::ptr::null_mut()
-    };
-    let mut tile = Tile {
+    let units = layout.units_of(block);
+    let has_bias = block == 0 && !target.bias.get().is_null();
+    let tile = Tile {
         a: [std::ptr::null(); MAX_ROWS],
         a_step: a_block.step,
         segments: 1,
@@ -336,61 +324,80 @@ unsafe fn run_panel(
         c: [std::ptr::null_mut(); MAX_ROWS],
         rows: set.rows,
         vectors,
-        cols,
-        bias,
+        cols: (target.n - column).min(vectors * LANES),
+        bias: if has_bias {
+            target.bias.get().wrapping_add(column)
+        } else {
+            std::ptr::null()
+        },
         accumulate: target.accumulate || block > 0,
     };
-    for row in part.rows.clone().step_by(set.rows) {
-        tile.rows = set.rows.min(part.rows.end - row);
-        for i in 0..tile.rows {
-            tile.a[i] = a_block.row(row - part.rows.start + i);
-            tile.c[i] = target.c.get().wrapping_add((row + i) * target.ldc + column);
-        }
-        // SAFETY: rows of the A block and the panel hold `units` units; rows of C hold `cols` values
-        // from `column`, inside the part of C that this task owns.
-        unsafe {
-            (set.tile)(&tile);
-            if last && target.activation != Activation::None {
-                let pre = target.pre_activation.get();
-                let pre = if pre.is_null() {
-                    pre
-                } else {
-                    pre.wrapping_add(row * target.ldc + column)
-                };
-                run_tile_epilogue(set.isa, &tile, target.activation, pre, target.ldc);
-            } else if last && !target.pre_activation.get().is_null() {
-                let pre = target
-                    .pre_activation
-                    .get()
-                    .wrapping_add(row * target.ldc + column);
-                run_tile_epilogue(set.isa, &tile, Activation::None, pre, target.ldc);
-            }
-        }
+    let finish = (block + 1 == layout.blocks()).then_some(Finish {
+        activation: target.activation,
+        c: target.c.get(),
+        pre_activation: target.pre_activation.get(),
+    });
+    let start = rows.start;
+    // SAFETY: rows of the A block and the panel hold `units` units; rows of C hold `cols` values
+    // from `column`, inside the part of C that this task owns.
+    unsafe {
+        run_rows(set, tile, rows.len(), finish, |i| {
+            let c = target
+                .c
+                .get()
+                .wrapping_add((start + i) * target.ldc + column);
+            (a_block.row(i), c)
+        });
     }
 }
 
-/// Copies a finished tile to `pre_activation` (unless null; row stride `ldp`), then activates it.
+/// What happens to a tile after its last K block.
+#[derive(Clone, Copy)]
+pub(crate) struct Finish {
+    pub(crate) activation: Activation,
+    /// The start of C; rows of `pre_activation` lie where rows of C do.
+    pub(crate) c: *mut f32,
+    /// Null if the value before the activation is not wanted.
+    pub(crate) pre_activation: *mut f32,
+}
+
+/// One panel over `count` rows: `row(i)` gives the first unit of row `i` of A and its first value of C.
 ///
 /// # Safety
-/// The rows of C in `tile` and of `pre_activation` must be valid for `tile.cols` values and ours.
+/// What `row` returns, completed by the other fields of `tile`, must satisfy
+/// [`super::kernel::TileFn`].
 #[inline]
-pub(crate) unsafe fn run_tile_epilogue(
-    isa: Isa,
-    tile: &Tile,
-    activation: Activation,
-    pre_activation: *mut f32,
-    ldp: usize,
+pub(crate) unsafe fn run_rows(
+    set: &KernelSet,
+    mut tile: Tile,
+    count: usize,
+    finish: Option<Finish>,
+    row: impl Fn(usize) -> (*const u8, *mut f32),
 ) {
-    for i in 0..tile.rows {
+    let finish = finish
+        .filter(|finish| finish.activation != Activation::None || !finish.pre_activation.is_null());
+    let mut start = 0;
+    while start < count {
+        tile.rows = set.rows.min(count - start);
+        for i in 0..tile.rows {
+            (tile.a[i], tile.c[i]) = row(start + i);
+        }
         // SAFETY: the caller's contract.
         unsafe {
-            let c = std::slice::from_raw_parts_mut(tile.c[i], tile.cols);
-            if !pre_activation.is_null() {
-                let pre = pre_activation.add(i * ldp);
-                std::ptr::copy_nonoverlapping(c.as_ptr(), pre, tile.cols);
+            (set.tile)(&tile);
+            if let Some(finish) = &finish {
+                for i in 0..tile.rows {
+                    let c = std::slice::from_raw_parts_mut(tile.c[i], tile.cols);
+                    if !finish.pre_activation.is_null() {
+                        let at = tile.c[i].offset_from(finish.c);
+                        let pre = finish.pre_activation.offset(at);
+                        std::ptr::copy_nonoverlapping(c.as_ptr(), pre, tile.cols);
+                    }
+                    apply_with_isa(set.isa, finish.activation, c);
+                }
             }
-            apply_with_isa(isa, activation, c);
         }
+        start += set.rows;
     }
 }
 
@@ -481,15 +488,12 @@ fn split_k(set: &KernelSet, a: MatRef<'_>, b: MatRef<'_>, target: &Target, split
 ///
 /// # Safety
 /// Nobody else may touch the C of `target`.
-unsafe fn serial(set: &KernelSet, a: MatRef<'_>, b: MatRef<'_>, target: &Target) {
+pub(crate) unsafe fn serial(set: &KernelSet, a: MatRef<'_>, b: MatRef<'_>, target: &Target) {
     let layout = Layout::new(set, a.cols(), b.cols());
     let part_rows = target.m.min(2 * BLOCK_ROWS);
     let mut a_scratch = Scratch::take(ABlock::bytes(&layout, part_rows));
-    let block_bytes = (0..layout.blocks())
-        .map(|i| layout.units_of(i))
-        .max()
-        .unwrap_or(0);
-    let mut b_scratch = Scratch::take(block_bytes * target.n.next_multiple_of(LANES) * 4);
+    // The first block is the longest.
+    let mut b_scratch = Scratch::take(layout.units_of(0) * target.n.next_multiple_of(LANES) * 4);
     for block in 0..layout.blocks() {
         let units = layout.units_of(block);
         let packed = b_scratch.as_mut_ptr().cast::<u32>();
@@ -502,23 +506,19 @@ unsafe fn serial(set: &KernelSet, a: MatRef<'_>, b: MatRef<'_>, target: &Target)
             }
         }
         for start in (0..target.m).step_by(part_rows) {
-            let part = Part {
-                rows: start..(start + part_rows).min(target.m),
-                panels: 0..layout.panels(),
-            };
-            let rows = part.rows.len();
+            let rows = start..(start + part_rows).min(target.m);
             // SAFETY: the scratch was sized for `part_rows` rows.
             let a_block = unsafe {
-                ABlock::pack(set, &layout, &a, start, rows, block, a_scratch.as_mut_ptr())
+                let scratch = a_scratch.as_mut_ptr();
+                ABlock::pack(set, &layout, &a, start, rows.len(), block, scratch)
             };
-            for panel in part.panels.clone() {
+            for panel in 0..layout.panels() {
                 let (first, vectors) = layout.panel(panel);
+                let place = (block, first, vectors);
                 // SAFETY: as this function's contract; the panel was packed above.
                 unsafe {
                     let b = packed.add(first * units * LANES).cast::<f32>();
-                    run_panel(
-                        set, &layout, target, &a_block, &part, block, first, vectors, units, b,
-                    );
+                    run_panel(set, &layout, target, &a_block, rows.clone(), place, b);
                 }
             }
         }

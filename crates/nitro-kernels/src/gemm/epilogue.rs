@@ -1,6 +1,6 @@
 //! What happens to a tile of the product before it leaves the cache: bias, activation.
 
-use crate::isa::Isa;
+use crate::isa::multiversion;
 
 /// An elementwise activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -39,7 +39,7 @@ impl<'a> Epilogue<'a> {
 
 /// `a * b + c`, fused where `FUSED`: without hardware support `mul_add` is a slow library call.
 #[inline(always)]
-fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+pub(crate) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
@@ -80,7 +80,7 @@ fn sigmoid<const FUSED: bool>(x: f32) -> f32 {
 #[inline(always)]
 fn gelu_tanh<const FUSED: bool>(x: f32) -> f32 {
     // 0.5 (1 + tanh(u)) = sigmoid(2u)
-    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769;
     let u = TWICE_SQRT_2_OVER_PI * fma::<FUSED>(x * x * x, 0.044_715, x);
     x * sigmoid::<FUSED>(u)
 }
@@ -95,47 +95,15 @@ fn apply<const FUSED: bool>(activation: Activation, values: &mut [f32]) {
     }
 }
 
-/// The same loop compiled for each instruction set: `mul_add` becomes one instruction where the
-/// target has it, and the loops take its vector width.
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{Activation, apply};
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-    pub(super) fn apply_avx512(activation: Activation, values: &mut [f32]) {
-        apply::<true>(activation, values);
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn apply_avx2(activation: Activation, values: &mut [f32]) {
-        apply::<true>(activation, values);
-    }
-}
-
-/// Applies `activation` in place. `isa` must be supported by this machine.
-#[inline]
-pub(crate) fn apply_with_isa(isa: Isa, activation: Activation, values: &mut [f32]) {
-    if activation == Activation::None {
-        return;
-    }
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => {
-            // SAFETY: kernel sets exist only for instruction sets the machine supports.
-            unsafe { x86::apply_avx512(activation, values) }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => {
-            // SAFETY: as above.
-            unsafe { x86::apply_avx2(activation, values) }
-        }
-        _ => apply::<{ cfg!(target_arch = "aarch64") }>(activation, values),
-    }
+multiversion! {
+    /// Applies `activation` in place.
+    pub(crate) fn apply_with_isa = apply(activation: Activation, values: &mut [f32])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Isa;
 
     #[test]
     fn activations_agree_with_f64_on_every_instruction_set() {

@@ -23,10 +23,8 @@ pub(crate) unsafe fn tile_neon_f32(tile: &Tile) {
 #[target_feature(enable = "neon")]
 unsafe fn kernel_neon_f32<const ROWS: usize>(tile: &Tile) {
     let mut acc = [[vdupq_n_f32(0.0); 4]; ROWS];
-    let mut a = [tile.a[0]; ROWS];
-    for row in 0..ROWS.min(tile.rows) {
-        a[row] = tile.a[row];
-    }
+    let a: [*const u8; ROWS] =
+        std::array::from_fn(|row| tile.a[if row < tile.rows { row } else { 0 }]);
     let mut b = tile.b;
     for segment in 0..tile.segments {
         let mut offset = segment * tile.a_segment_step;

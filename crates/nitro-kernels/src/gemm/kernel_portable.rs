@@ -26,10 +26,8 @@ pub(crate) unsafe fn tile_portable_f32(tile: &Tile) {
 unsafe fn tile_rows<const ROWS: usize>(tile: &Tile) {
     debug_assert!(tile.rows <= ROWS && tile.vectors == 1);
     let mut acc = [[0.0_f32; LANES]; ROWS];
-    let mut a = [tile.a[0]; ROWS];
-    for (row, pointer) in a.iter_mut().enumerate().take(tile.rows) {
-        *pointer = tile.a[row];
-    }
+    let a: [*const u8; ROWS] =
+        std::array::from_fn(|row| tile.a[if row < tile.rows { row } else { 0 }]);
     let mut b = tile.b;
     for segment in 0..tile.segments {
         let mut offset = segment * tile.a_segment_step;

@@ -38,10 +38,8 @@ macro_rules! avx512_kernel {
         #[target_feature(enable = $features)]
         unsafe fn $kernel<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
             let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-            let mut a = [tile.a[0]; ROWS];
-            for row in 0..ROWS.min(tile.rows) {
-                a[row] = tile.a[row];
-            }
+            let a: [*const u8; ROWS] =
+                std::array::from_fn(|row| tile.a[if row < tile.rows { row } else { 0 }]);
             let mut b = tile.b;
             let step = tile.a_step;
             for segment in 0..tile.segments {
@@ -142,10 +140,8 @@ pub(crate) unsafe fn tile_avx2_f32(tile: &Tile) {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn kernel_avx2_f32<const ROWS: usize>(tile: &Tile) {
     let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
-    let mut a = [tile.a[0]; ROWS];
-    for row in 0..ROWS.min(tile.rows) {
-        a[row] = tile.a[row];
-    }
+    let a: [*const u8; ROWS] =
+        std::array::from_fn(|row| tile.a[if row < tile.rows { row } else { 0 }]);
     let mut b = tile.b;
     for segment in 0..tile.segments {
         let mut offset = segment * tile.a_segment_step;

@@ -25,6 +25,7 @@ pub use matrix::MatRef;
 pub use sums::column_sum;
 
 pub(crate) use convert::{convert_run, interleave};
-pub(crate) use driver::run_tile_epilogue;
-pub(crate) use epilogue::apply_with_isa;
-pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile, Unit};
+pub(crate) use driver::{Finish, Part, Target, run_part, run_rows, serial};
+pub(crate) use epilogue::{apply_with_isa, fma};
+pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile};
+pub(crate) use pack::{Layout, MAX_BLOCK_UNITS, pack_b};

@@ -6,7 +6,7 @@ use super::matrix::MatRef;
 use crate::pool::{SharedPtr, par_for};
 
 /// Units along K in one block: a panel of 48 columns is then 36 KiB at most, and stays in L1.
-const MAX_BLOCK_UNITS: usize = 192;
+pub(crate) const MAX_BLOCK_UNITS: usize = 192;
 
 /// How B is cut: K into blocks, columns into panels of one to three vectors.
 ///
@@ -29,14 +29,19 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn new(set: &KernelSet, k: usize, n: usize) -> Layout {
-        let depth = set.unit.depth();
-        let units = k.div_ceil(depth);
+        let units = k.div_ceil(set.unit.depth());
         let blocks = units.div_ceil(MAX_BLOCK_UNITS).max(1);
+        Layout::with_block(set, k, n, units.div_ceil(blocks))
+    }
+
+    /// A layout whose blocks have a given number of units.
+    pub(crate) fn with_block(set: &KernelSet, k: usize, n: usize, block_units: usize) -> Layout {
+        let depth = set.unit.depth();
         Layout {
             k,
             n,
-            units,
-            block_units: units.div_ceil(blocks),
+            units: k.div_ceil(depth),
+            block_units,
             vectors: n.div_ceil(LANES),
             panel_vectors: set.vectors.min(MAX_VECTORS),
             depth,

@@ -1,0 +1,397 @@
+//! Depthwise convolution: one kernel per channel, vectorised over channels, always in f32 (it is bound
+//! by memory, not by arithmetic).
+//!
+//! Weights are reordered to `[ky][kx][channel]`.
+
+use super::Conv2d;
+use crate::gemm::{Activation, Epilogue, LANES, apply_with_isa, fma};
+use crate::isa::{Isa, multiversion};
+use crate::pool::{Scratch, SharedPtr, num_threads, par_for};
+
+/// Output pixels computed together, so that each weight vector is loaded once for all.
+const PIXELS: usize = 4;
+
+/// `[C, 1, kh, kw]` to `[kh][kw][C]`.
+pub(super) fn reorder(conv: &Conv2d, weight: &[f32]) -> Vec<f32> {
+    let (channels, taps) = (conv.in_channels, conv.kernel[0] * conv.kernel[1]);
+    let mut ordered = vec![0.0; channels * taps];
+    for (tap, values) in ordered.chunks_exact_mut(channels).enumerate() {
+        for (c, value) in values.iter_mut().enumerate() {
+            *value = weight[c * taps + tap];
+        }
+    }
+    ordered
+}
+
+/// As [`reorder`], with the kernel turned by 180 degrees.
+pub(super) fn reorder_flipped(conv: &Conv2d, weight: &[f32]) -> Vec<f32> {
+    let (channels, taps) = (conv.in_channels, conv.kernel[0] * conv.kernel[1]);
+    let mut ordered = vec![0.0; channels * taps];
+    for (tap, values) in ordered.chunks_exact_mut(channels).enumerate() {
+        for (c, value) in values.iter_mut().enumerate() {
+            *value = weight[c * taps + taps - 1 - tap];
+        }
+    }
+    ordered
+}
+
+/// Input positions `out * stride + tap - padding` that exist, for one output position: the range of
+/// taps. Empty if none does.
+#[inline(always)]
+fn valid_taps(
+    out: usize,
+    size: usize,
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+) -> std::ops::Range<usize> {
+    let origin = out * stride;
+    let from = padding.saturating_sub(origin).min(kernel);
+    let to = (size + padding).saturating_sub(origin).min(kernel);
+    from..to.max(from)
+}
+
+/// The forward pass; `weights` as [`reorder`] gives them.
+pub(super) fn forward(
+    isa: Isa,
+    conv: &Conv2d,
+    weights: &[f32],
+    x: &[f32],
+    out: &mut [f32],
+    accumulate: bool,
+    epilogue: Epilogue<'_>,
+) {
+    let Epilogue {
+        bias,
+        activation,
+        pre_activation,
+    } = epilogue;
+    let row_len = conv.out_width() * conv.out_channels;
+    let out_height = conv.out_height();
+    let pre = SharedPtr(pre_activation.map_or(std::ptr::null_mut(), |p| p.as_mut_ptr()));
+    let out = SharedPtr(out.as_mut_ptr());
+    par_for(conv.batch * out_height, |task| {
+        let (image, y) = (task / out_height, task % out_height);
+        let image_len = conv.height * conv.width * conv.in_channels;
+        let x = &x[image * image_len..][..image_len];
+        // SAFETY: each task owns one row of the output, whose length the caller checked.
+        let row = unsafe { std::slice::from_raw_parts_mut(out.get().add(task * row_len), row_len) };
+        forward_row(isa, conv, weights, bias, x, y, row, accumulate);
+        if !pre.get().is_null() {
+            // SAFETY: the caller checked that the buffer has the output's length.
+            unsafe {
+                let pre = pre.get().add(task * row_len);
+                std::ptr::copy_nonoverlapping(row.as_ptr(), pre, row_len);
+            }
+        }
+        if activation != Activation::None {
+            apply_with_isa(isa, activation, row);
+        }
+    });
+}
+
+multiversion! {
+    /// One output row.
+    fn forward_row = forward_row_body(
+        conv: &Conv2d,
+        weights: &[f32],
+        bias: Option<&[f32]>,
+        x: &[f32],
+        y: usize,
+        row: &mut [f32],
+        accumulate: bool,
+    )
+}
+
+#[inline(always)]
+fn forward_row_body<const FUSED: bool>(
+    conv: &Conv2d,
+    weights: &[f32],
+    bias: Option<&[f32]>,
+    x: &[f32],
+    y: usize,
+    row: &mut [f32],
+    accumulate: bool,
+) {
+    let (channels, width, s) = (conv.in_channels, conv.width, conv.stride);
+    let [kh, kw] = conv.kernel;
+    let taps_y = valid_taps(y, conv.height, kh, s, conv.padding);
+    let out_width = conv.out_width();
+    // Outputs whose taps all lie inside the row.
+    let inner_from = conv.padding.div_ceil(s).min(out_width);
+    let inner_to = match (width + conv.padding).checked_sub(kw) {
+        Some(last) => (last / s + 1).clamp(inner_from, out_width),
+        None => inner_from,
+    };
+    for c in (0..channels).step_by(LANES) {
+        if channels - c < LANES {
+            tail_channels::<FUSED>(conv, weights, bias, x, y, row, accumulate, c);
+            break;
+        }
+        let start = bias.map_or([0.0; LANES], |bias| load(bias, c));
+        let mut at = 0;
+        while at < out_width {
+            let inner = at >= inner_from && at + PIXELS <= inner_to;
+            let count = if inner { PIXELS } else { 1 };
+            let mut acc = [start; PIXELS];
+            for ky in taps_y.clone() {
+                let line = (y * s + ky - conv.padding) * width;
+                if inner {
+                    for kx in 0..kw {
+                        let w = load(weights, (ky * kw + kx) * channels + c);
+                        for p in 0..PIXELS {
+                            let from = line + (at + p) * s + kx - conv.padding;
+                            add::<FUSED>(&mut acc[p], &load(x, from * channels + c), &w);
+                        }
+                    }
+                } else {
+                    for kx in valid_taps(at, width, kw, s, conv.padding) {
+                        let w = load(weights, (ky * kw + kx) * channels + c);
+                        let from = line + at * s + kx - conv.padding;
+                        add::<FUSED>(&mut acc[0], &load(x, from * channels + c), &w);
+                    }
+                }
+            }
+            for (p, acc) in acc.iter().enumerate().take(count) {
+                let to = &mut row[(at + p) * channels + c..][..LANES];
+                if accumulate {
+                    to.iter_mut().zip(acc).for_each(|(to, sum)| *to += sum);
+                } else {
+                    to.copy_from_slice(acc);
+                }
+            }
+            at += count;
+        }
+    }
+}
+
+/// The channels behind the last whole vector.
+#[inline(always)]
+fn tail_channels<const FUSED: bool>(
+    conv: &Conv2d,
+    weights: &[f32],
+    bias: Option<&[f32]>,
+    x: &[f32],
+    y: usize,
+    row: &mut [f32],
+    accumulate: bool,
+    first: usize,
+) {
+    let (channels, s) = (conv.in_channels, conv.stride);
+    let [kh, kw] = conv.kernel;
+    for at in 0..conv.out_width() {
+        for c in first..channels {
+            let mut sum = bias.map_or(0.0, |bias| bias[c]);
+            for ky in valid_taps(y, conv.height, kh, s, conv.padding) {
+                for kx in valid_taps(at, conv.width, kw, s, conv.padding) {
+                    let from =
+                        (y * s + ky - conv.padding) * conv.width + at * s + kx - conv.padding;
+                    let w = weights[(ky * kw + kx) * channels + c];
+                    sum = fma::<FUSED>(x[from * channels + c], w, sum);
+                }
+            }
+            let to = &mut row[at * channels + c];
+            *to = if accumulate { *to + sum } else { sum };
+        }
+    }
+}
+
+#[inline(always)]
+fn load(values: &[f32], at: usize) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    lanes.copy_from_slice(&values[at..at + LANES]);
+    lanes
+}
+
+#[inline(always)]
+fn add<const FUSED: bool>(acc: &mut [f32; LANES], a: &[f32; LANES], b: &[f32; LANES]) {
+    for lane in 0..LANES {
+        acc[lane] = fma::<FUSED>(a[lane], b[lane], acc[lane]);
+    }
+}
+
+/// The input gradient for any stride and kernel: each input pixel gathers the outputs it fed.
+pub(super) fn backward_input_strided(
+    isa: Isa,
+    conv: &Conv2d,
+    weight: &[f32],
+    grad_out: &[f32],
+    grad_x: &mut [f32],
+) {
+    let weights = reorder(conv, weight);
+    let row_len = conv.width * conv.in_channels;
+    let grad_x = SharedPtr(grad_x.as_mut_ptr());
+    par_for(conv.batch * conv.height, |task| {
+        let (image, y) = (task / conv.height, task % conv.height);
+        let image_len = conv.out_height() * conv.out_width() * conv.out_channels;
+        let grad_out = &grad_out[image * image_len..][..image_len];
+        // SAFETY: each task owns one row of the gradient, whose length the caller checked.
+        let row =
+            unsafe { std::slice::from_raw_parts_mut(grad_x.get().add(task * row_len), row_len) };
+        gather_row(isa, conv, &weights, grad_out, y, row);
+    });
+}
+
+multiversion! {
+    /// One row of the input gradient.
+    fn gather_row = gather_row_body(
+        conv: &Conv2d,
+        weights: &[f32],
+        grad_out: &[f32],
+        y: usize,
+        row: &mut [f32],
+    )
+}
+
+#[inline(always)]
+fn gather_row_body<const FUSED: bool>(
+    conv: &Conv2d,
+    weights: &[f32],
+    grad_out: &[f32],
+    y: usize,
+    row: &mut [f32],
+) {
+    let channels = conv.in_channels;
+    // The output that tap `k` takes from input `at`, if there is one.
+    let source = |at: usize, k: usize, size: usize| {
+        let from = (at + conv.padding).checked_sub(k)?;
+        (from % conv.stride == 0 && from / conv.stride < size).then_some(from / conv.stride)
+    };
+    row.fill(0.0);
+    for (x, pixel) in row.chunks_exact_mut(channels).enumerate() {
+        for ky in 0..conv.kernel[0] {
+            let Some(oy) = source(y, ky, conv.out_height()) else {
+                continue;
+            };
+            for kx in 0..conv.kernel[1] {
+                let Some(ox) = source(x, kx, conv.out_width()) else {
+                    continue;
+                };
+                let grad = &grad_out[(oy * conv.out_width() + ox) * channels..][..channels];
+                let w = &weights[(ky * conv.kernel[1] + kx) * channels..][..channels];
+                for ((to, grad), w) in pixel.iter_mut().zip(grad).zip(w) {
+                    *to = fma::<FUSED>(*grad, *w, *to);
+                }
+            }
+        }
+    }
+}
+
+/// The weight gradient, `[C, 1, kh, kw]`.
+pub(super) fn backward_weight(
+    isa: Isa,
+    conv: &Conv2d,
+    x: &[f32],
+    grad_out: &[f32],
+    grad_weight: &mut [f32],
+    accumulate: bool,
+) {
+    let (channels, taps) = (conv.in_channels, conv.kernel[0] * conv.kernel[1]);
+    let size = channels * taps;
+    let out_height = conv.out_height();
+    let rows = conv.batch * out_height;
+    // Fixed shares, each with its own sums, so that the order of sums is fixed too.
+    let shares = (4 * num_threads()).min(rows).max(1);
+    let mut sums = Scratch::take(shares * size * 4);
+    let shared = SharedPtr(sums.as_mut_ptr().cast::<f32>());
+    par_for(shares, |share| {
+        // SAFETY: each share owns its own `size` sums.
+        let sums = unsafe {
+            let sums = shared.get().add(share * size);
+            sums.write_bytes(0, size);
+            std::slice::from_raw_parts_mut(sums, size)
+        };
+        for row in rows * share / shares..rows * (share + 1) / shares {
+            let (image, y) = (row / out_height, row % out_height);
+            let image_len = conv.height * conv.width * channels;
+            let row_len = conv.out_width() * channels;
+            let x = &x[image * image_len..][..image_len];
+            weight_row(isa, conv, x, &grad_out[row * row_len..][..row_len], y, sums);
+        }
+    });
+    for c in 0..channels {
+        for tap in 0..taps {
+            // SAFETY: all shares were written above.
+            let sum: f32 = (0..shares)
+                .map(|share| unsafe { *shared.get().add(share * size + tap * channels + c) })
+                .sum();
+            let to = &mut grad_weight[c * taps + tap];
+            *to = if accumulate { *to + sum } else { sum };
+        }
+    }
+}
+
+multiversion! {
+    /// Adds what one output row contributes to `sums`, `[ky][kx][channel]`.
+    fn weight_row = weight_row_body(
+        conv: &Conv2d,
+        x: &[f32],
+        grad_row: &[f32],
+        y: usize,
+        sums: &mut [f32],
+    )
+}
+
+#[inline(always)]
+fn weight_row_body<const FUSED: bool>(
+    conv: &Conv2d,
+    x: &[f32],
+    grad_row: &[f32],
+    y: usize,
+    sums: &mut [f32],
+) {
+    let channels = conv.in_channels;
+    let [kh, kw] = conv.kernel;
+    for ky in valid_taps(y, conv.height, kh, conv.stride, conv.padding) {
+        let line = (y * conv.stride + ky - conv.padding) * conv.width * channels;
+        let line = &x[line..][..conv.width * channels];
+        let sums = &mut sums[ky * kw * channels..][..kw * channels];
+        for c in (0..channels).step_by(LANES) {
+            if channels - c < LANES {
+                for c in c..channels {
+                    weight_taps::<FUSED, 1, 1>(conv, line, grad_row, c, sums);
+                }
+                break;
+            }
+            match kw {
+                3 => weight_taps::<FUSED, 3, LANES>(conv, line, grad_row, c, sums),
+                5 => weight_taps::<FUSED, 5, LANES>(conv, line, grad_row, c, sums),
+                _ => weight_taps::<FUSED, 1, LANES>(conv, line, grad_row, c, sums),
+            }
+        }
+    }
+}
+
+/// `WIDTH` channels from `c` over one row, `TAPS` taps of a kernel row at a time.
+#[inline(always)]
+fn weight_taps<const FUSED: bool, const TAPS: usize, const WIDTH: usize>(
+    conv: &Conv2d,
+    line: &[f32],
+    grad_row: &[f32],
+    c: usize,
+    sums: &mut [f32],
+) {
+    let (channels, s) = (conv.in_channels, conv.stride);
+    for first in (0..conv.kernel[1]).step_by(TAPS) {
+        let mut acc = [[0.0_f32; WIDTH]; TAPS];
+        for out in 0..conv.out_width() {
+            let valid = valid_taps(out, conv.width, conv.kernel[1], s, conv.padding);
+            let mut grad = [0.0_f32; WIDTH];
+            grad.copy_from_slice(&grad_row[out * channels + c..][..WIDTH]);
+            for tap in 0..TAPS {
+                let kx = first + tap;
+                if valid.contains(&kx) {
+                    let from = (out * s + kx - conv.padding) * channels + c;
+                    let values = &line[from..from + WIDTH];
+                    for lane in 0..WIDTH {
+                        acc[tap][lane] = fma::<FUSED>(values[lane], grad[lane], acc[tap][lane]);
+                    }
+                }
+            }
+        }
+        for (tap, acc) in acc.iter().enumerate() {
+            let to = &mut sums[(first + tap) * channels + c..][..WIDTH];
+            to.iter_mut().zip(acc).for_each(|(to, sum)| *to += sum);
+        }
+    }
+}
