@@ -10,6 +10,7 @@ pub mod mapped_file;
 pub mod pool;
 pub mod norm;
 pub mod optim;
+pub mod resample;
 
 mod math;
 mod parallel;

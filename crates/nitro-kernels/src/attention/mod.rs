@@ -8,9 +8,14 @@
 mod backward;
 mod forward;
 mod layout;
+mod linear;
 mod rows;
 #[cfg(test)]
 mod tests;
+
+pub use linear::{
+    LinearAttentionShape, relu_linear_attention_backward, relu_linear_attention_forward,
+};
 
 use crate::error::{KernelError, check_eq};
 use crate::pool::{Scratch, SharedPtr};
