@@ -1,5 +1,5 @@
-//! What a picture shows, in numbers: sampled here, painted by [`render`](super::render), worded by
-//! [`caption`](super::caption). All lengths are fractions of the picture's side.
+//! What a picture shows, in numbers: sampled here, painted by [`render`](mod@super::render), worded by
+//! [`caption`](mod@super::caption). All lengths are fractions of the picture's side.
 
 use std::f32::consts::TAU;
 

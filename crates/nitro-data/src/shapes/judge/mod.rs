@@ -1,7 +1,7 @@
 //! The exact judge: reads class, colour and box of every object back from pixels.
 //!
-//! [`segment`] names each pixel's colour against the fitted grey background and joins equal
-//! neighbours; [`template`] names the silhouette. A detection's confidence is the IoU of its
+//! `segment` names each pixel's colour against the fitted grey background and joins equal
+//! neighbours; `template` names the silhouette. A detection's confidence is the IoU of its
 //! silhouette with the best template.
 
 mod segment;

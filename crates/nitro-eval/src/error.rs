@@ -1,0 +1,117 @@
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// What can go wrong while scoring.
+#[derive(Debug, Error)]
+pub enum EvalError {
+    /// A file or folder could not be read or written.
+    #[error("{path}: cannot {action}: {source}")]
+    Io {
+        /// "read", "write", ...
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A file is not the JSON it should be.
+    #[error("{path}: expected {expected}: {source}")]
+    Json {
+        /// What the file should hold.
+        expected: &'static str,
+        /// The file, with a line number where it has several records.
+        path: String,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// A picture could not be decoded or encoded.
+    #[error("{path}: cannot {action} this picture: {source}")]
+    Picture {
+        /// "read" or "write".
+        action: &'static str,
+        /// The picture.
+        path: PathBuf,
+        /// The cause.
+        source: image::ImageError,
+    },
+    /// Pixels and dimensions disagree.
+    #[error("{what}: {width}x{height} RGB needs {expected} bytes, got {actual}")]
+    PixelCount {
+        /// The picture or the operation.
+        what: String,
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+        /// `width * height * 3`.
+        expected: usize,
+        /// Bytes given.
+        actual: usize,
+    },
+    /// A position clause refers to a clause that does not come before it.
+    #[error(
+        "prompt \"{prompt}\": the position of \"{class}\" refers to include clause {target}, but \
+         only {earlier} clauses come before it; name an earlier one, counted from 0"
+    )]
+    PositionTarget {
+        /// The prompt.
+        prompt: String,
+        /// Class of the clause that refers.
+        class: String,
+        /// The clause referred to.
+        target: usize,
+        /// How many clauses come before.
+        earlier: usize,
+    },
+    /// The folder holds no prompt folders.
+    #[error(
+        "{path}: no prompt folders here; expected 00000/metadata.jsonl with 00000/samples/0000.png \
+         and so on"
+    )]
+    NoPrompts {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A folder's pictures were made under other settings than those of this run.
+    #[error(
+        "{path} says these pictures were made with {found}, but this run is {wanted}; choose another \
+         folder, or delete this one to start again"
+    )]
+    OtherRun {
+        /// The manifest.
+        path: PathBuf,
+        /// Settings found, as JSON.
+        found: String,
+        /// Settings of this run, as JSON.
+        wanted: String,
+    },
+    /// The judge refused the picture.
+    #[error("{what}: {source}")]
+    Judge {
+        /// The picture.
+        what: String,
+        /// The cause.
+        source: nitro_data::shapes::ShapesError,
+    },
+}
+
+impl EvalError {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| EvalError::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}
+
+/// Writes a file so that a reader sees the old one or the whole new one, never a part.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), EvalError> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".tmp");
+    let temporary = path.with_file_name(name);
+    std::fs::write(&temporary, bytes).map_err(EvalError::io("write", &temporary))?;
+    std::fs::rename(&temporary, path).map_err(EvalError::io("replace", path))
+}
