@@ -11,6 +11,10 @@ use crate::pool::{Scratch, SharedPtr, num_threads, par_for};
 /// Output pixels computed together, so that each weight vector is loaded once for all.
 const PIXELS: usize = 4;
 
+/// Channels and output rows of one task; channels are whole vectors.
+const BLOCK_CHANNELS: usize = 8 * LANES;
+const BLOCK_ROWS: usize = 16;
+
 /// `[C, 1, kh, kw]` to `[kh][kw][C]`.
 pub(super) fn reorder(conv: &Conv2d, weight: &[f32]) -> Vec<f32> {
     let (channels, taps) = (conv.in_channels, conv.kernel[0] * conv.kernel[1]);
@@ -66,28 +70,67 @@ pub(super) fn forward(
         activation,
         pre_activation,
     } = epilogue;
-    let row_len = conv.out_width() * conv.out_channels;
+    let channels = conv.out_channels;
+    let row_len = conv.out_width() * channels;
     let out_height = conv.out_height();
     let pre = SharedPtr(pre_activation.map_or(std::ptr::null_mut(), |p| p.as_mut_ptr()));
     let out = SharedPtr(out.as_mut_ptr());
-    par_for(conv.batch * out_height, |task| {
-        let (image, y) = (task / out_height, task % out_height);
-        let image_len = conv.height * conv.width * conv.in_channels;
+    // Blocks of channels and rows, so that the input rows a block reads again stay in L2.
+    let parts = channels.div_ceil(BLOCK_CHANNELS);
+    let blocks = out_height.div_ceil(BLOCK_ROWS);
+    par_for(conv.batch * blocks * parts, |task| {
+        let (image, place) = (task / (blocks * parts), task % (blocks * parts));
+        let (block, part) = (place / parts, place % parts);
+        let image_len = conv.height * conv.width * channels;
         let x = &x[image * image_len..][..image_len];
-        // SAFETY: each task owns one row of the output, whose length the caller checked.
-        let row = unsafe { std::slice::from_raw_parts_mut(out.get().add(task * row_len), row_len) };
-        forward_row(isa, conv, weights, bias, x, y, row, accumulate);
-        if !pre.get().is_null() {
-            // SAFETY: the caller checked that the buffer has the output's length.
-            unsafe {
-                let pre = pre.get().add(task * row_len);
-                std::ptr::copy_nonoverlapping(row.as_ptr(), pre, row_len);
+        let range = part * BLOCK_CHANNELS..((part + 1) * BLOCK_CHANNELS).min(channels);
+        for y in block * BLOCK_ROWS..((block + 1) * BLOCK_ROWS).min(out_height) {
+            // SAFETY: the caller checked the length of the output; each task writes only its own
+            // channels of its own rows.
+            let row = unsafe { out.get().add((image * out_height + y) * row_len) };
+            let target = Row {
+                values: row,
+                channels: range.clone(),
+                accumulate,
+            };
+            forward_row(isa, conv, weights, bias, x, y, &target);
+            for pixel in 0..conv.out_width() {
+                let at = pixel * channels + range.start;
+                // SAFETY: as above; the pre-activation buffer has the output's length.
+                unsafe {
+                    if !pre.get().is_null() {
+                        let pre = pre.get().add((image * out_height + y) * row_len + at);
+                        std::ptr::copy_nonoverlapping(row.add(at), pre, range.len());
+                    }
+                    if activation != Activation::None {
+                        let values = std::slice::from_raw_parts_mut(row.add(at), range.len());
+                        apply_with_isa(isa, activation, values);
+                    }
+                }
             }
         }
-        if activation != Activation::None {
-            apply_with_isa(isa, activation, row);
-        }
     });
+}
+
+/// Some channels of an output row.
+struct Row {
+    values: *mut f32,
+    channels: std::ops::Range<usize>,
+    accumulate: bool,
+}
+
+impl Row {
+    /// Stores or adds `sums` at `at`, which the owner of the row keeps inside its channels.
+    #[inline(always)]
+    fn put(&self, at: usize, sums: &[f32]) {
+        // SAFETY: `at` lies in the row and in the channels owned by the task.
+        let to = unsafe { std::slice::from_raw_parts_mut(self.values.add(at), sums.len()) };
+        if self.accumulate {
+            to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
+        } else {
+            to.copy_from_slice(sums);
+        }
+    }
 }
 
 multiversion! {
@@ -98,8 +141,7 @@ multiversion! {
         bias: Option<&[f32]>,
         x: &[f32],
         y: usize,
-        row: &mut [f32],
-        accumulate: bool,
+        row: &Row,
     )
 }
 
@@ -110,8 +152,7 @@ fn forward_row_body<const FUSED: bool>(
     bias: Option<&[f32]>,
     x: &[f32],
     y: usize,
-    row: &mut [f32],
-    accumulate: bool,
+    row: &Row,
 ) {
     let (channels, width, s) = (conv.in_channels, conv.width, conv.stride);
     let [kh, kw] = conv.kernel;
@@ -123,9 +164,9 @@ fn forward_row_body<const FUSED: bool>(
         Some(last) => (last / s + 1).clamp(inner_from, out_width),
         None => inner_from,
     };
-    for c in (0..channels).step_by(LANES) {
+    for c in row.channels.clone().step_by(LANES) {
         if channels - c < LANES {
-            tail_channels::<FUSED>(conv, weights, bias, x, y, row, accumulate, c);
+            tail_channels::<FUSED>(conv, weights, bias, x, y, row, c);
             break;
         }
         let start = bias.map_or([0.0; LANES], |bias| load(bias, c));
@@ -153,12 +194,7 @@ fn forward_row_body<const FUSED: bool>(
                 }
             }
             for (p, acc) in acc.iter().enumerate().take(count) {
-                let to = &mut row[(at + p) * channels + c..][..LANES];
-                if accumulate {
-                    to.iter_mut().zip(acc).for_each(|(to, sum)| *to += sum);
-                } else {
-                    to.copy_from_slice(acc);
-                }
+                row.put((at + p) * channels + c, acc);
             }
             at += count;
         }
@@ -173,8 +209,7 @@ fn tail_channels<const FUSED: bool>(
     bias: Option<&[f32]>,
     x: &[f32],
     y: usize,
-    row: &mut [f32],
-    accumulate: bool,
+    row: &Row,
     first: usize,
 ) {
     let (channels, s) = (conv.in_channels, conv.stride);
@@ -190,8 +225,7 @@ fn tail_channels<const FUSED: bool>(
                     sum = fma::<FUSED>(x[from * channels + c], w, sum);
                 }
             }
-            let to = &mut row[at * channels + c];
-            *to = if accumulate { *to + sum } else { sum };
+            row.put(at * channels + c, &[sum]);
         }
     }
 }

@@ -5,8 +5,12 @@
 //! neighbours (one pixel per unit in f32). Row (ky, kx, channel) of operand A is then a pointer into
 //! that copy, and walks it a pixel per unit and an image row per segment: no im2col.
 
+use std::ops::Range;
+
 use super::Conv2d;
-use crate::gemm::{KernelSet, LANES, MAX_ROWS, Tile, interleave, run_rows};
+use crate::gemm::{
+    Interleave, KernelSet, LANES, MAX_ROWS, Tile, interleave, interleave_rows, run_rows,
+};
 use crate::pool::{Scratch, SharedPtr, num_threads, par_for};
 
 /// Units along K of one tile.
@@ -14,7 +18,10 @@ const MAX_TILE_UNITS: usize = 256;
 /// The copies of the input of one tile should leave room for C in L2.
 const MAX_COPY_BYTES: usize = 512 * 1024;
 
-/// Everything about one group that the tasks share.
+/// Input channels of one task: more would crowd out C.
+const MAX_CHANNELS: usize = 128;
+
+/// Everything about some input channels of one group that the tasks share.
 struct Plan {
     conv: Conv2d,
     inputs: usize,
@@ -32,7 +39,7 @@ struct Plan {
     copy_rows: usize,
     /// Panels as (first vector, vectors).
     panels: Vec<(usize, usize)>,
-    /// A pixel outside the image.
+    /// A pixel's channels, all zero.
     zeros: Vec<f32>,
 }
 
@@ -46,24 +53,39 @@ pub(super) fn run(
     grad: &mut [f32],
     accumulate: bool,
 ) {
-    let plan = Plan::new(set, conv, group);
-    let [kh, kw] = conv.kernel;
-    let (inputs, outputs) = (plan.inputs, plan.outputs);
-    let rows = kh * kw * inputs;
-    let size = rows * outputs;
-    let tiles = conv.batch * plan.tiles[0] * plan.tiles[1];
-    if size == 0 {
-        return;
-    }
-    // A fixed number of shares, each summed into its own copy: the result does not depend on which
-    // thread was faster. Small gradients take more shares than threads, for balance.
-    let per_thread = if size <= 64 * 1024 { 4 } else { 1 };
-    let shares = (num_threads() * per_thread).min(tiles).max(1);
-    let mut copies = Scratch::take(shares * size * 4);
+    let inputs = conv.in_channels / conv.groups;
+    let chunks = inputs.div_ceil(MAX_CHANNELS);
+    let plans: Vec<Plan> = (0..chunks)
+        .map(|i| {
+            Plan::new(
+                set,
+                conv,
+                group,
+                inputs * i / chunks..inputs * (i + 1) / chunks,
+            )
+        })
+        .collect();
+    let Some(first) = plans.first() else { return };
+    let (outputs, taps) = (first.outputs, conv.kernel[0] * conv.kernel[1]);
+    let tiles = conv.batch * first.tiles[0] * first.tiles[1];
+    // Shares of the pixels, each summed into its own copy: the result does not depend on which thread
+    // was faster. Small gradients take more shares than threads, for balance.
+    let per_thread = if inputs * taps * outputs <= 64 * 1024 {
+        4
+    } else {
+        1
+    };
+    let shares = (num_threads() * per_thread)
+        .div_ceil(chunks)
+        .min(tiles)
+        .max(1);
+    let size = plans.iter().map(|plan| plan.inputs).max().unwrap_or(0) * taps * outputs;
+    let mut copies = Scratch::take(chunks * shares * size * 4);
     let sums = SharedPtr(copies.as_mut_ptr().cast::<f32>());
-    par_for(shares, |share| {
-        // SAFETY: each share owns one copy of `size` values.
-        let sum = unsafe { sums.get().add(share * size) };
+    par_for(chunks * shares, |task| {
+        let (plan, share) = (&plans[task / shares], task % shares);
+        // SAFETY: each task owns one copy of `size` values.
+        let sum = unsafe { sums.get().add(task * size) };
         let range = tiles * share / shares..tiles * (share + 1) / shares;
         if range.is_empty() {
             // SAFETY: as above.
@@ -75,17 +97,25 @@ pub(super) fn run(
             unsafe { plan.add_tile(set, x, grad_out, tile, sum, tile > start) };
         }
     });
-    // From [ky][kx][i][o] to [o][i][ky][kx], summing the shares.
+    // From [ky][kx][i][o] to [o][i][ky][kx], summing the shares. Output channels are the outer loop:
+    // their weights are contiguous.
     let grad = SharedPtr(grad.as_mut_ptr());
-    let taps = kh * kw;
-    par_for(inputs, |i| {
-        for tap in 0..taps {
-            for o in 0..outputs {
-                // SAFETY: every share was written; each input channel owns its own weights.
-                unsafe {
-                    let at = (tap * inputs + i) * outputs + o;
-                    let sum: f32 = (0..shares).map(|s| *sums.get().add(s * size + at)).sum();
-                    let to = grad.get().add((o * inputs + i) * taps + tap);
+    par_for(outputs, |o| {
+        // SAFETY: each output channel owns its own weights.
+        let grad = unsafe {
+            let start = grad.get().add(o * inputs * taps);
+            std::slice::from_raw_parts_mut(start, inputs * taps)
+        };
+        for (chunk, plan) in plans.iter().enumerate() {
+            let before = plan.in_offset - group * inputs;
+            for i in 0..plan.inputs {
+                for tap in 0..taps {
+                    let at = (tap * plan.inputs + i) * outputs + o;
+                    let sum: f32 = (0..shares)
+                        // SAFETY: the task of every chunk and share wrote its copy.
+                        .map(|s| unsafe { *sums.get().add((chunk * shares + s) * size + at) })
+                        .sum();
+                    let to = &mut grad[(before + i) * taps + tap];
                     *to = if accumulate { *to + sum } else { sum };
                 }
             }
@@ -94,12 +124,10 @@ pub(super) fn run(
 }
 
 impl Plan {
-    fn new(set: &KernelSet, conv: &Conv2d, group: usize) -> Plan {
+    /// `channels` are input channels of the group.
+    fn new(set: &KernelSet, conv: &Conv2d, group: usize, channels: Range<usize>) -> Plan {
         let depth = set.unit.depth();
-        let (inputs, outputs) = (
-            conv.in_channels / conv.groups,
-            conv.out_channels / conv.groups,
-        );
+        let (inputs, outputs) = (channels.len(), conv.out_channels / conv.groups);
         let (height, width) = (conv.out_height(), conv.out_width());
         let [kh, kw] = conv.kernel;
         // Pixels 512 bytes apart would share few cache sets.
@@ -129,7 +157,7 @@ impl Plan {
             conv: *conv,
             inputs,
             outputs,
-            in_offset: group * inputs,
+            in_offset: group * (conv.in_channels / conv.groups) + channels.start,
             out_offset: group * outputs,
             tile: [tile_height, tile_width],
             tiles: [height.div_ceil(tile_height), width.div_ceil(tile_width)],
@@ -171,22 +199,54 @@ impl Plan {
         let mut copies = Scratch::take(kw * copy * 4);
         let base = copies.as_mut_ptr().cast::<u32>();
         for kx in 0..kw {
+            // Output columns of this tile whose input column lies inside the image.
+            let origin = left * s + kx;
+            let inside = |bound: usize| bound.saturating_sub(origin).div_ceil(s).min(width);
+            let from = inside(self.conv.padding);
+            let to = inside(self.conv.width + self.conv.padding).max(from);
             for row in 0..(height - 1) * s + kh {
-                let y = (top * s + row) as isize - self.conv.padding as isize;
-                for unit in 0..row_units {
-                    let at = |column: usize| {
-                        let x_at = ((left + column) * s + kx) as isize - self.conv.padding as isize;
-                        self.input(x, image, y, x_at)
-                    };
-                    let low = at(unit * depth);
-                    let second = unit * depth + 1;
-                    let high = (depth == 2 && second < width).then(|| at(second));
-                    // SAFETY: `input` returns pointers to `inputs` values; the unit lies inside the
-                    // scratch.
-                    unsafe {
-                        let to = base.add(kx * copy + row * copy_row + unit * self.pixel);
-                        interleave(set, low, high, self.inputs, to);
+                let y = top * s + row;
+                let y = y
+                    .checked_sub(self.conv.padding)
+                    .filter(|&y| y < self.conv.height);
+                // SAFETY: the row lies inside the scratch.
+                let line = unsafe { base.add(kx * copy + row * copy_row) };
+                let Some(y) = y.filter(|_| from < to) else {
+                    // SAFETY: as above.
+                    unsafe { line.write_bytes(0, copy_row) };
+                    continue;
+                };
+                let at = |column: usize| {
+                    let col = origin + column * s - self.conv.padding;
+                    let pixel = (image * self.conv.height + y) * self.conv.width + col;
+                    pixel * self.conv.in_channels + self.in_offset
+                };
+                let whole = from.next_multiple_of(depth).min(to);
+                let shape = Interleave {
+                    rows: to - whole,
+                    stride: s * self.conv.in_channels,
+                    count: self.inputs,
+                    unit_pitch: self.pixel,
+                    chunk_pitch: LANES,
+                };
+                let last = at(to - 1) + self.inputs;
+                let source = &x[at(from)..last];
+                // SAFETY: the source holds the pixels of columns `from..to`; units lie inside the row.
+                unsafe {
+                    line.write_bytes(0, from / depth * self.pixel);
+                    if whole > from {
+                        // An odd first column: it is the second half of its unit.
+                        let unit = line.add(from / depth * self.pixel);
+                        let zeros = self.zeros.as_ptr();
+                        interleave(set, zeros, Some(source.as_ptr()), self.inputs, unit);
                     }
+                    if whole < to {
+                        let skipped = source.as_ptr().add((whole - from) * shape.stride);
+                        interleave_rows(set, shape, skipped, line.add(whole / depth * self.pixel));
+                    }
+                    let done = to.div_ceil(depth);
+                    line.add(done * self.pixel)
+                        .write_bytes(0, (self.row_units - done) * self.pixel);
                 }
             }
         }
@@ -195,6 +255,33 @@ impl Plan {
         let panel_width = self.outputs.next_multiple_of(LANES);
         let mut packed = Scratch::take(units * panel_width * 4);
         let panels = packed.as_mut_ptr().cast::<u32>();
+        for &(first, vectors) in &self.panels {
+            let columns = (self.outputs - first * LANES).min(vectors * LANES);
+            let shape = Interleave {
+                rows: width,
+                stride: self.conv.out_channels,
+                count: columns,
+                unit_pitch: vectors * LANES,
+                chunk_pitch: LANES,
+            };
+            for row in 0..height {
+                let pixel =
+                    (image * self.conv.out_height() + top + row) * self.conv.out_width() + left;
+                let from = pixel * self.conv.out_channels + self.out_offset + first * LANES;
+                let source = &grad_out[from..from + (width - 1) * shape.stride + columns];
+                // SAFETY: the source holds `width` pixels; units lie inside the scratch.
+                unsafe {
+                    let to = panels.add((first * units + row * row_units * vectors) * LANES);
+                    interleave_rows(set, shape, source.as_ptr(), to);
+                    let rest = vectors * LANES - columns;
+                    for unit in 0..if rest > 0 { row_units } else { 0 } {
+                        to.add(unit * vectors * LANES + columns)
+                            .write_bytes(0, rest);
+                    }
+                }
+            }
+        }
+
         for &(first, vectors) in &self.panels {
             let columns = (self.outputs - first * LANES).min(vectors * LANES);
             for row in 0..height {
@@ -247,18 +334,5 @@ impl Plan {
                 });
             }
         }
-    }
-
-    /// The channels of an input pixel, or zeros outside the image.
-    #[inline]
-    fn input(&self, x: &[f32], image: usize, row: isize, col: isize) -> *const f32 {
-        let conv = &self.conv;
-        let inside =
-            row >= 0 && (row as usize) < conv.height && col >= 0 && (col as usize) < conv.width;
-        if !inside {
-            return self.zeros.as_ptr();
-        }
-        let pixel = (image * conv.height + row as usize) * conv.width + col as usize;
-        x[pixel * conv.in_channels + self.in_offset..][..self.inputs].as_ptr()
     }
 }

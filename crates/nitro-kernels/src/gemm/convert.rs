@@ -92,6 +92,53 @@ pub(crate) unsafe fn interleave(
     }
 }
 
+/// Rows of a matrix as consecutive units: unit `u` pairs row `u * depth` with the next one (where the
+/// unit has two elements), and its sixteen columns from `16 c` go to
+/// `target[u * unit_pitch + c * chunk_pitch ..]`. Columns beyond `count` are not written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Interleave {
+    /// Rows of the source; an odd last row is paired with zeros.
+    pub(crate) rows: usize,
+    /// Elements between neighbouring rows of the source.
+    pub(crate) stride: usize,
+    /// Columns.
+    pub(crate) count: usize,
+    pub(crate) unit_pitch: usize,
+    pub(crate) chunk_pitch: usize,
+}
+
+/// Writes the units described by `shape`.
+///
+/// # Safety
+/// `source` must be valid for the rows and `target` for the positions described.
+pub(crate) unsafe fn interleave_rows(
+    set: &KernelSet,
+    shape: Interleave,
+    source: *const f32,
+    target: *mut u32,
+) {
+    let depth = set.unit.depth();
+    #[cfg(target_arch = "x86_64")]
+    if set.unit == Unit::Bf16Pair && set.isa == Isa::Avx512Bf16 {
+        // SAFETY: the caller's contract; kernel sets exist only for supported instruction sets.
+        unsafe { x86::interleave_rows(shape, source, target) };
+        return;
+    }
+    for unit in 0..shape.rows.div_ceil(depth) {
+        let row = unit * depth;
+        for column in (0..shape.count).step_by(LANES) {
+            let columns = (shape.count - column).min(LANES);
+            // SAFETY: the caller's contract.
+            unsafe {
+                let low = source.add(row * shape.stride + column);
+                let high = (depth == 2 && row + 1 < shape.rows).then(|| low.add(shape.stride));
+                let to = target.add(unit * shape.unit_pitch + column / LANES * shape.chunk_pitch);
+                interleave(set, low, high, columns, to);
+            }
+        }
+    }
+}
+
 /// Transposes a 16 x 16 block of four-byte units: `target[j * stride + i] = source[i * 16 + j]` for
 /// `j < columns`.
 ///
@@ -173,6 +220,16 @@ mod x86 {
         }
     }
 
+    /// The permutation from `[16 low | 16 high]` to 16 pairs.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn pair_order() -> __m512i {
+        // Lane i: (i, 16 + i).
+        let low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        let high = _mm512_slli_epi32::<16>(_mm512_add_epi32(low, _mm512_set1_epi32(16)));
+        _mm512_or_si512(low, high)
+    }
+
     /// # Safety
     /// See [`super::interleave`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -182,14 +239,7 @@ mod x86 {
         count: usize,
         target: *mut u32,
     ) {
-        // From [16 low | 16 high] to 16 pairs.
-        let mut order = [0_u16; 32];
-        for i in 0..16 {
-            order[2 * i] = i as u16;
-            order[2 * i + 1] = 16 + i as u16;
-        }
-        // SAFETY: 64 bytes.
-        let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+        let order = pair_order();
         let mut i = 0;
         while i < count {
             let mask = mask(count - i);
@@ -205,6 +255,40 @@ mod x86 {
                 _mm512_mask_storeu_epi32(target.add(i).cast(), mask, pairs);
             }
             i += 16;
+        }
+    }
+
+    /// # Safety
+    /// See [`super::interleave_rows`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub(super) unsafe fn interleave_rows(
+        shape: super::Interleave,
+        source: *const f32,
+        target: *mut u32,
+    ) {
+        let order = pair_order();
+        let chunks = shape.count.div_ceil(16);
+        for unit in 0..shape.rows.div_ceil(2) {
+            let from = source.wrapping_add(2 * unit * shape.stride);
+            let paired = 2 * unit + 1 < shape.rows;
+            let to = target.wrapping_add(unit * shape.unit_pitch);
+            for chunk in 0..chunks {
+                let mask = mask(shape.count - chunk * 16);
+                // SAFETY: masked lanes are neither read nor written.
+                unsafe {
+                    let low = from.add(chunk * 16);
+                    let high = if paired {
+                        _mm512_maskz_loadu_ps(mask, low.add(shape.stride))
+                    } else {
+                        _mm512_setzero_ps()
+                    };
+                    let low = _mm512_maskz_loadu_ps(mask, low);
+                    let both = bytes(_mm512_cvtne2ps_pbh(high, low));
+                    let pairs = _mm512_permutexvar_epi16(order, both);
+                    let to = to.add(chunk * shape.chunk_pitch);
+                    _mm512_mask_storeu_epi32(to.cast(), mask, pairs);
+                }
+            }
         }
     }
 
@@ -320,6 +404,39 @@ mod tests {
                     assert_eq!(pairs[i], expected_pair);
                 }
                 assert!(pairs[count..].iter().all(|&unit| unit == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_become_units_wherever_the_pitches_say() {
+        let source: Vec<f32> = (0..7 * 50).map(|i| (i as f32 - 170.0) * 0.37).collect();
+        for set in sets() {
+            for (rows, count) in [(1, 3), (7, 40), (6, 32), (3, 16)] {
+                let units = rows.div_ceil(set.unit.depth());
+                let shape = Interleave {
+                    rows,
+                    stride: 50,
+                    count,
+                    unit_pitch: 18,
+                    chunk_pitch: 180,
+                };
+                let mut target = vec![0_u32; 1000];
+                let mut expected = vec![0_u32; 1000];
+                // SAFETY: the source holds seven rows of fifty, the targets all positions.
+                unsafe {
+                    interleave_rows(&set, shape, source.as_ptr(), target.as_mut_ptr());
+                    for unit in 0..units {
+                        for column in 0..count {
+                            let row = unit * set.unit.depth();
+                            let low = source[row * 50 + column..].as_ptr();
+                            let high = (row + 1 < rows).then(|| low.add(50));
+                            let at = unit * 18 + column / 16 * 180 + column % 16;
+                            interleave(&set, low, high, 1, &raw mut expected[at]);
+                        }
+                    }
+                }
+                assert_eq!(target, expected, "{:?} {shape:?}", set.isa);
             }
         }
     }

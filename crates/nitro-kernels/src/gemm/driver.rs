@@ -407,8 +407,8 @@ fn k_splits(set: &KernelSet, m: usize, n: usize, k: usize) -> usize {
     let threads = num_threads();
     let tiles = m.div_ceil(set.rows) * n.div_ceil(LANES * set.vectors);
     // The copies of C are written and summed once per split: worth it if K is several times longer
-    // than what a copy costs, or if C has too few tiles to occupy the threads.
-    let long = k >= 1024 && k >= 4 * m.min(n);
+    // than a copy is wide and high, or if C has too few tiles to occupy the threads.
+    let long = k >= 1024 && k >= 2 * m.max(n);
     let few = k >= 512 && tiles < 4 * threads;
     if threads > 1 && (long || few) {
         threads.min(k / 256)

@@ -24,7 +24,7 @@ pub use epilogue::{Activation, Epilogue};
 pub use matrix::MatRef;
 pub use sums::column_sum;
 
-pub(crate) use convert::{convert_run, interleave};
+pub(crate) use convert::{Interleave, convert_run, interleave, interleave_rows};
 pub(crate) use driver::{Finish, Part, Target, run_part, run_rows, serial};
 pub(crate) use epilogue::{apply_with_isa, fma};
 pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile};
