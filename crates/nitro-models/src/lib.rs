@@ -5,6 +5,7 @@ pub mod emmdit;
 mod error;
 mod formula;
 pub mod layers;
+mod lora;
 pub mod llama;
 mod params;
 mod random;
@@ -13,6 +14,7 @@ mod weights;
 
 pub use error::{InputError, WeightError};
 pub use formula::FormulaWeights;
+pub use lora::{LoraAdapter, Merged};
 pub use params::{Init, ParameterSource, ParameterSpec, Params};
 pub use random::RandomInit;
 pub use tensor_map::TensorMap;

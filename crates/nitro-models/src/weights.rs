@@ -1,5 +1,6 @@
 //! Weight files: memory-mapped safetensors under their official names, and writing them.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -8,6 +9,7 @@ use std::sync::Mutex;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
+use nitro_kernels::mapped_file::MappedFile;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
@@ -75,24 +77,39 @@ impl WeightFiles {
     }
 
     fn read_files(paths: &[PathBuf], origin: String) -> Result<Self, WeightError> {
-        let mut weights = Self {
+        let mut weights = Self::empty(origin);
+        for path in paths {
+            let file = MappedFile::open(path).map_err(|source| WeightError::Io {
+                path: path.to_owned(),
+                source,
+            })?;
+            weights.add(path, Bytes::Mapped(file))?;
+        }
+        Ok(weights)
+    }
+
+    /// Reads a safetensors file that is already in memory, such as one inside the program; `name`
+    /// is what messages call it.
+    pub fn from_bytes(
+        name: &str,
+        bytes: impl Into<Cow<'static, [u8]>>,
+    ) -> Result<Self, WeightError> {
+        let mut weights = Self::empty(name.to_owned());
+        weights.add(Path::new(name), Bytes::Held(bytes.into()))?;
+        Ok(weights)
+    }
+
+    fn empty(origin: String) -> Self {
+        Self {
             origin,
             files: Vec::new(),
             tensors: BTreeMap::new(),
             metadata: HashMap::new(),
             used: Mutex::default(),
-        };
-        for path in paths {
-            weights.add(path)?;
         }
-        Ok(weights)
     }
 
-    fn add(&mut self, path: &Path) -> Result<(), WeightError> {
-        let bytes = map(path).map_err(|source| WeightError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
+    fn add(&mut self, path: &Path, bytes: Bytes) -> Result<(), WeightError> {
         let (header, metadata) =
             SafeTensors::read_metadata(bytes.as_bytes()).map_err(|error| WeightError::Corrupt {
                 path: path.to_owned(),
@@ -365,17 +382,17 @@ fn folder_files(folder: &Path) -> Result<Vec<PathBuf>, WeightError> {
 }
 
 /// A file's content.
-type Bytes = ReadFile;
-
 #[derive(Debug)]
-struct ReadFile(Vec<u8>);
-
-impl ReadFile {
-    fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
+enum Bytes {
+    Mapped(MappedFile),
+    Held(Cow<'static, [u8]>),
 }
 
-fn map(path: &Path) -> io::Result<Bytes> {
-    std::fs::read(path).map(ReadFile)
+impl Bytes {
+    fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(file) => file.as_bytes(),
+            Self::Held(bytes) => bytes,
+        }
+    }
 }
