@@ -227,6 +227,7 @@ impl Plan {
                     stride: s * self.conv.in_channels,
                     count: self.inputs,
                     unit_pitch: self.pixel,
+                    chunk: LANES,
                     chunk_pitch: LANES,
                 };
                 let last = at(to - 1) + self.inputs;
@@ -262,6 +263,7 @@ impl Plan {
                 stride: self.conv.out_channels,
                 count: columns,
                 unit_pitch: vectors * LANES,
+                chunk: LANES,
                 chunk_pitch: LANES,
             };
             for row in 0..height {

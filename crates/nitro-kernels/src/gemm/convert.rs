@@ -3,6 +3,7 @@
 //! All take the kernel set, whose unit says what to write and whose instruction set says how.
 
 use super::kernel::{KernelSet, LANES, Unit};
+#[cfg(any(target_arch = "x86_64", test))]
 use crate::isa::Isa;
 
 /// Rounds to bf16 (nearest, ties to even); the result's upper 16 bits are the bf16.
@@ -93,7 +94,7 @@ pub(crate) unsafe fn interleave(
 }
 
 /// Rows of a matrix as consecutive units: unit `u` pairs row `u * depth` with the next one (where the
-/// unit has two elements), and its sixteen columns from `16 c` go to
+/// unit has two elements). Columns are cut into chunks of `chunk`, 8 or 16; those of chunk `c` go to
 /// `target[u * unit_pitch + c * chunk_pitch ..]`. Columns beyond `count` are not written.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Interleave {
@@ -104,6 +105,7 @@ pub(crate) struct Interleave {
     /// Columns.
     pub(crate) count: usize,
     pub(crate) unit_pitch: usize,
+    pub(crate) chunk: usize,
     pub(crate) chunk_pitch: usize,
 }
 
@@ -126,13 +128,14 @@ pub(crate) unsafe fn interleave_rows(
     }
     for unit in 0..shape.rows.div_ceil(depth) {
         let row = unit * depth;
-        for column in (0..shape.count).step_by(LANES) {
-            let columns = (shape.count - column).min(LANES);
+        for column in (0..shape.count).step_by(shape.chunk) {
+            let columns = (shape.count - column).min(shape.chunk);
             // SAFETY: the caller's contract.
             unsafe {
                 let low = source.add(row * shape.stride + column);
                 let high = (depth == 2 && row + 1 < shape.rows).then(|| low.add(shape.stride));
-                let to = target.add(unit * shape.unit_pitch + column / LANES * shape.chunk_pitch);
+                let to =
+                    target.add(unit * shape.unit_pitch + column / shape.chunk * shape.chunk_pitch);
                 interleave(set, low, high, columns, to);
             }
         }
@@ -285,8 +288,19 @@ mod x86 {
                     let low = _mm512_maskz_loadu_ps(mask, low);
                     let both = bytes(_mm512_cvtne2ps_pbh(high, low));
                     let pairs = _mm512_permutexvar_epi16(order, both);
-                    let to = to.add(chunk * shape.chunk_pitch);
-                    _mm512_mask_storeu_epi32(to.cast(), mask, pairs);
+                    if shape.chunk == 16 {
+                        let to = to.add(chunk * shape.chunk_pitch);
+                        _mm512_mask_storeu_epi32(to.cast(), mask, pairs);
+                    } else {
+                        let to = to.add(2 * chunk * shape.chunk_pitch);
+                        let low = _mm512_castsi512_si256(pairs);
+                        _mm256_mask_storeu_epi32(to.cast(), mask as __mmask8, low);
+                        if mask > 0xff {
+                            let to = to.add(shape.chunk_pitch);
+                            let high = _mm512_extracti64x4_epi64::<1>(pairs);
+                            _mm256_mask_storeu_epi32(to.cast(), (mask >> 8) as __mmask8, high);
+                        }
+                    }
                 }
             }
         }
@@ -412,31 +426,34 @@ mod tests {
     fn rows_become_units_wherever_the_pitches_say() {
         let source: Vec<f32> = (0..7 * 50).map(|i| (i as f32 - 170.0) * 0.37).collect();
         for set in sets() {
-            for (rows, count) in [(1, 3), (7, 40), (6, 32), (3, 16)] {
-                let units = rows.div_ceil(set.unit.depth());
-                let shape = Interleave {
-                    rows,
-                    stride: 50,
-                    count,
-                    unit_pitch: 18,
-                    chunk_pitch: 180,
-                };
-                let mut target = vec![0_u32; 1000];
-                let mut expected = vec![0_u32; 1000];
-                // SAFETY: the source holds seven rows of fifty, the targets all positions.
-                unsafe {
-                    interleave_rows(&set, shape, source.as_ptr(), target.as_mut_ptr());
-                    for unit in 0..units {
-                        for column in 0..count {
-                            let row = unit * set.unit.depth();
-                            let low = source[row * 50 + column..].as_ptr();
-                            let high = (row + 1 < rows).then(|| low.add(50));
-                            let at = unit * 18 + column / 16 * 180 + column % 16;
-                            interleave(&set, low, high, 1, &raw mut expected[at]);
+            for (rows, count) in [(1_usize, 3_usize), (7, 40), (6, 29), (3, 16)] {
+                for chunk in [8, 16] {
+                    let units = rows.div_ceil(set.unit.depth());
+                    let shape = Interleave {
+                        rows,
+                        stride: 50,
+                        count,
+                        unit_pitch: 18,
+                        chunk,
+                        chunk_pitch: 180,
+                    };
+                    let mut target = vec![0_u32; 1000];
+                    let mut expected = vec![0_u32; 1000];
+                    // SAFETY: the source holds seven rows of fifty, the targets all positions.
+                    unsafe {
+                        interleave_rows(&set, shape, source.as_ptr(), target.as_mut_ptr());
+                        for unit in 0..units {
+                            for column in 0..count {
+                                let row = unit * set.unit.depth();
+                                let low = source[row * 50 + column..].as_ptr();
+                                let high = (row + 1 < rows).then(|| low.add(50));
+                                let at = unit * 18 + column / chunk * 180 + column % chunk;
+                                interleave(&set, low, high, 1, &raw mut expected[at]);
+                            }
                         }
                     }
+                    assert_eq!(target, expected, "{:?} {shape:?}", set.isa);
                 }
-                assert_eq!(target, expected, "{:?} {shape:?}", set.isa);
             }
         }
     }

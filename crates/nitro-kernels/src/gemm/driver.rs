@@ -57,10 +57,17 @@ pub fn gemm_with_isa(
         return Ok(());
     }
     let set = KernelSet::new(isa, precision);
-    let splits = k_splits(&set, a.rows(), b.cols(), a.cols());
-    if splits > 1 {
-        split_k(&set, a, b, &target, splits);
-        return Ok(());
+    match k_splits(&set, a.rows(), b.cols(), a.cols()) {
+        None => {}
+        Some(1) => {
+            // SAFETY: C is ours.
+            unsafe { serial(&set, a, b, &target) };
+            return Ok(());
+        }
+        Some(splits) => {
+            split_k(&set, a, b, &target, splits);
+            return Ok(());
+        }
     }
     let layout = Layout::new(&set, a.cols(), b.cols());
     let mut packed = Scratch::take(layout.bytes());
@@ -401,20 +408,17 @@ pub(crate) unsafe fn run_rows(
     }
 }
 
-/// How many ranges to cut K into. A weight gradient has a long K and a small C: each thread then packs
-/// and multiplies its own range of K into its own copy of C, and nothing is packed twice.
-fn k_splits(set: &KernelSet, m: usize, n: usize, k: usize) -> usize {
+/// How many ranges to cut K into, or `None` where all of B is better packed at once. A weight gradient
+/// has a long K and a small C: each thread then packs and multiplies its own range of K into its own
+/// copy of C, and nothing is packed twice.
+fn k_splits(set: &KernelSet, m: usize, n: usize, k: usize) -> Option<usize> {
     let threads = num_threads();
     let tiles = m.div_ceil(set.rows) * n.div_ceil(LANES * set.vectors);
     // The copies of C are written and summed once per split: worth it if K is several times longer
     // than a copy is wide and high, or if C has too few tiles to occupy the threads.
     let long = k >= 1024 && k >= 2 * m.max(n);
     let few = k >= 512 && tiles < 4 * threads;
-    if threads > 1 && (long || few) {
-        threads.min(k / 256)
-    } else {
-        1
-    }
+    (long || few).then(|| threads.min(k / 256))
 }
 
 /// The product as a sum over ranges of K, each computed by one task.

@@ -1,7 +1,7 @@
 //! Packing of whole operands: B into panels, blocks of A into rows the micro-kernel can broadcast.
 
-use super::convert::{convert_run, interleave, transpose16};
-use super::kernel::{KernelSet, LANES, MAX_VECTORS};
+use super::convert::{Interleave, convert_run, interleave, interleave_rows, transpose16};
+use super::kernel::{KernelSet, LANES, MAX_ROWS, MAX_VECTORS};
 use super::matrix::MatRef;
 use crate::pool::{SharedPtr, par_for};
 
@@ -145,15 +145,23 @@ pub(crate) unsafe fn pack_panel(
     let width = vectors * LANES;
     let depth = set.unit.depth();
     if b.col_stride() == 1 && columns > 1 {
-        for unit in 0..units {
-            let k = k0 + unit * depth;
-            // SAFETY: rows k (and k + 1 where it exists) hold `columns` elements from n0; the target
-            // row holds `width` units.
-            unsafe {
-                let row = target.add(unit * width);
-                let high = (k + 1 < k1).then(|| b.at(k + 1, n0));
-                interleave(set, b.at(k, n0), high, columns, row);
-                row.add(columns).write_bytes(0, width - columns);
+        let shape = Interleave {
+            rows: k1 - k0,
+            stride: b.row_stride(),
+            count: columns,
+            unit_pitch: width,
+            chunk: LANES,
+            chunk_pitch: LANES,
+        };
+        // SAFETY: rows k0..k1 hold `columns` elements from n0; each row of the target holds `width`
+        // units.
+        unsafe {
+            interleave_rows(set, shape, b.at(k0, n0), target);
+            if columns < width {
+                for unit in 0..units {
+                    let rest = target.add(unit * width + columns);
+                    rest.write_bytes(0, width - columns);
+                }
             }
         }
     } else if b.row_stride() == 1 {
@@ -204,6 +212,9 @@ pub(crate) unsafe fn pack_panel(
     }
 }
 
+/// Rows of A that lie side by side where A is stored by columns: those of a full tile.
+const GROUP: usize = MAX_ROWS;
+
 /// A packed block of A: where each row starts, and the step between its units.
 pub(crate) struct ABlock {
     base: *const u8,
@@ -241,7 +252,6 @@ impl ABlock {
     ) -> ABlock {
         let (k0, k1) = layout.k_range(block);
         let units = layout.units_of(block);
-        let depth = set.unit.depth();
         if a.col_stride() == 1 || a.row_stride() != 1 || rows == 1 {
             let pitch = row_pitch(units);
             let size = set.unit.element_bytes();
@@ -267,26 +277,24 @@ impl ABlock {
                 step: 4,
             };
         }
-        // Neighbouring rows are contiguous: sixteen of them share the cache line of a unit.
-        let group_bytes = units * LANES * 4;
-        for first in (0..rows).step_by(LANES) {
-            let count = (rows - first).min(LANES);
-            for unit in 0..units {
-                let k = k0 + unit * depth;
-                // SAFETY: columns k (and k + 1 where it exists) hold `count` elements from here;
-                // groups of sixteen rows fit in the scratch.
-                unsafe {
-                    let to = scratch.add(first / LANES * group_bytes + unit * LANES * 4);
-                    let high = (k + 1 < k1).then(|| a.at(m0 + first, k + 1));
-                    interleave(set, a.at(m0 + first, k), high, count, to.cast());
-                }
-            }
-        }
+        // Neighbouring rows are contiguous: a tile's rows share half a cache line per unit. Groups are
+        // one line longer than their units, since groups whole pages apart would share cache sets.
+        let group_bytes = units * GROUP * 4 + 64;
+        let shape = Interleave {
+            rows: k1 - k0,
+            stride: a.col_stride(),
+            count: rows,
+            unit_pitch: GROUP,
+            chunk: GROUP,
+            chunk_pitch: group_bytes / 4,
+        };
+        // SAFETY: columns k0..k1 hold `rows` elements from m0; groups fit in the scratch.
+        unsafe { interleave_rows(set, shape, a.at(m0, k0), scratch.cast()) };
         ABlock {
             base: scratch,
-            group: LANES,
+            group: GROUP,
             group_bytes,
-            step: LANES * 4,
+            step: GROUP * 4,
         }
     }
 }
