@@ -488,17 +488,22 @@ mod tests {
         x / (1.0 + (-x).exp())
     }
 
-    fn map(x: &[f64], f: fn(f64) -> f64) -> Vec<f64> {
+    fn map(x: &[f64], f: Function) -> Vec<f64> {
         x.iter().map(|&x| f(x)).collect()
     }
 
+    type Function = fn(f64) -> f64;
     type Forward = fn(Level, &[f32], &mut [f32]);
     type Backward = fn(Level, &[f32], &[f32], &mut [f32]);
 
     #[test]
     fn activations_and_their_gradients_match_f64() {
-        let pairs: [(fn(f64) -> f64, Forward, Backward); 2] = [
-            (gelu, gelu_rows, gelu_gradient_rows),
+        let pairs = [
+            (
+                gelu as Function,
+                gelu_rows as Forward,
+                gelu_gradient_rows as Backward,
+            ),
             (silu, silu_rows, silu_gradient_rows),
         ];
         for level in Level::available() {

@@ -7,14 +7,14 @@ pub mod error;
 pub mod gemm;
 pub mod isa;
 pub mod mapped_file;
-pub mod pool;
 pub mod norm;
 pub mod optim;
+pub mod pool;
 pub mod resample;
 
 mod math;
 mod parallel;
 mod simd;
-mod tile;
 #[cfg(test)]
 mod testing;
+mod tile;

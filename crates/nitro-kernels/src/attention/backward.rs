@@ -1,14 +1,16 @@
 //! Attention backward: probabilities are recomputed from the scores and the log-sum-exp.
 
-use super::layout::{Rows, bases, gather, scatter};
+use super::layout::{Rows, gather, prefetch, scatter};
 use super::{
-    AttentionConfig, Problem, Segment, SegmentGrads, Workspace, block_rows, rows, workspace_len,
+    AttentionConfig, Problem, Segment, SegmentGrads, Unit, Workspace, block_rows, rows, slice_of,
+    starts, starts_of, workspace_len,
 };
 use crate::error::{KernelError, check_eq};
-use crate::pool::{Scratch, SharedPtr, par_for};
+use crate::pool::{Scratch, SharedPtr};
 use crate::simd::Level;
 use crate::tile::{Left, Out, Right, Size, Start, multiply, pack_transposed};
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 pub(super) fn run(
     level: Level,
@@ -81,7 +83,7 @@ pub(super) fn run(
             .map(|g| SharedPtr(g.dv.as_mut_ptr()))
             .collect(),
     };
-    par_for(problem.units(), |i| unit.run(i));
+    problem.for_units(|this, next| unit.run(this, next));
     Ok(())
 }
 
@@ -100,9 +102,13 @@ struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    fn run(&self, unit: usize) {
+    fn run(&self, unit: Unit, next: Option<Unit>) {
         let (level, problem, cfg) = (self.level, self.problem, &self.problem.cfg);
-        let (sample, group, kv_head) = problem.unit(unit);
+        let Unit {
+            sample,
+            group,
+            kv_head,
+        } = unit;
         let queries = &problem.query_tokens[group];
         let keys = &problem.key_tokens[group];
         let (dim, lanes) = (cfg.head_dim, level.lanes());
@@ -145,12 +151,11 @@ impl Backward<'_> {
             delta,
         ] = sizes.map(|n| workspace.take(n));
 
-        let kv_width = cfg.kv_heads * dim;
-        let kv_bases = bases(&problem.lengths, sample, kv_width, kv_head * dim);
+        let key_bases = problem.key_bases(unit);
         let kv_rows = Rows {
             tokens: keys,
-            bases: &kv_bases,
-            width: kv_width,
+            bases: &key_bases,
+            width: problem.key_width(),
         };
         // `key` serves as the unpacked values first.
         key[keys.len() * padded..].fill(0.0);
@@ -163,17 +168,19 @@ impl Backward<'_> {
         dvalue.fill(0.0);
         let zeros = vec![0.0f32; width];
 
-        let per_kv = cfg.heads / cfg.kv_heads;
-        for head in kv_head * per_kv..(kv_head + 1) * per_kv {
-            let q_width = cfg.heads * dim;
-            let q_bases = bases(&problem.lengths, sample, q_width, head * dim);
+        prefetch(&starts_of(&self.dk), &kv_rows, dim);
+        prefetch(&starts_of(&self.dv), &kv_rows, dim);
+        let dq_starts = starts_of(&self.dq);
+        for i in 0..problem.heads_per_key() {
+            let head = kv_head * problem.heads_per_key() + i;
+            let q_bases = problem.query_bases(unit, i);
             for first in (0..queries.len()).step_by(block.max(1)) {
                 let tokens = &queries[first..queries.len().min(first + block)];
                 let m = tokens.len();
                 let q_rows = Rows {
                     tokens,
                     bases: &q_bases,
-                    width: q_width,
+                    width: problem.query_width(),
                 };
                 gather(
                     level,
@@ -186,6 +193,7 @@ impl Backward<'_> {
                 );
                 gather(level, self.outs, &q_rows, dim, 1.0, output, padded);
                 gather(level, self.douts, &q_rows, dim, 1.0, doutput, padded);
+                prefetch(&dq_starts, &q_rows, dim);
                 rows::row_dots(level, output, doutput, padded, &mut delta[..m]);
                 let lse_row = problem.lse_row(sample, head);
                 for (lse, &t) in lse.iter_mut().zip(tokens) {
@@ -257,6 +265,9 @@ impl Backward<'_> {
                     );
                 }
                 let (p, ds) = (&mut scores[..m * seen], &mut dscores[..m * seen]);
+                if let Some(next) = next.filter(|_| i == 0) {
+                    self.prefetch_inputs(next, first..first + m);
+                }
                 rows::score_gradients(level, p, ds, seen, first_limit, &lse[..m], &delta[..m]);
                 // dV += P^T dO and dK += dS^T Q, reading P and dS by columns.
                 let by_value = Size {
@@ -337,5 +348,29 @@ impl Backward<'_> {
             scatter(level, &self.dk, &kv_rows, dim, &[LN_2], dkey, padded);
             scatter(level, &self.dv, &kv_rows, dim, &[1.0], dvalue, padded);
         }
+    }
+
+    /// Prefetches part of what the unit will read: the first query head and the keys and values.
+    fn prefetch_inputs(&self, unit: Unit, part: Range<usize>) {
+        let (problem, dim) = (self.problem, self.problem.cfg.head_dim);
+        let bases = problem.query_bases(unit, 0);
+        let tokens = slice_of(&problem.query_tokens[unit.group], &part);
+        let rows = Rows {
+            tokens,
+            bases: &bases,
+            width: problem.query_width(),
+        };
+        for source in [&self.q, self.outs, self.douts] {
+            prefetch(&starts(source), &rows, dim);
+        }
+        let bases = problem.key_bases(unit);
+        let tokens = slice_of(&problem.key_tokens[unit.group], &part);
+        let rows = Rows {
+            tokens,
+            bases: &bases,
+            width: problem.key_width(),
+        };
+        prefetch(&starts(&self.k), &rows, dim);
+        prefetch(&starts(&self.v), &rows, dim);
     }
 }

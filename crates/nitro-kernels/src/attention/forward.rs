@@ -1,14 +1,16 @@
 //! Attention forward.
 
-use super::layout::{Rows, bases, gather, scatter};
+use super::layout::{Rows, gather, prefetch, scatter};
 use super::{
-    AttentionConfig, Problem, Segment, Workspace, block_rows, rows, shared, workspace_len,
+    AttentionConfig, Problem, Segment, Unit, Workspace, block_rows, rows, shared, slice_of, starts,
+    starts_of, workspace_len,
 };
 use crate::error::{KernelError, check_eq};
-use crate::pool::{Scratch, SharedPtr, par_for};
+use crate::pool::{Scratch, SharedPtr};
 use crate::simd::Level;
 use crate::tile::{Left, Out, Right, Size, Start, multiply, pack_transposed};
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 pub(super) fn run(
     level: Level,
@@ -36,7 +38,7 @@ pub(super) fn run(
         outs: shared(outs),
         lse: SharedPtr(lse.as_mut_ptr()),
     };
-    par_for(problem.units(), |i| unit.run(i));
+    problem.for_units(|this, next| unit.run(this, next));
     Ok(())
 }
 
@@ -51,9 +53,13 @@ struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    fn run(&self, unit: usize) {
+    fn run(&self, unit: Unit, next: Option<Unit>) {
         let (level, problem, cfg) = (self.level, self.problem, &self.problem.cfg);
-        let (sample, group, kv_head) = problem.unit(unit);
+        let Unit {
+            sample,
+            group,
+            kv_head,
+        } = unit;
         let queries = &problem.query_tokens[group];
         let keys = &problem.key_tokens[group];
         let (dim, lanes) = (cfg.head_dim, level.lanes());
@@ -76,12 +82,11 @@ impl Forward<'_> {
         let mut workspace = Workspace::new(&mut scratch, len);
         let [packed_keys, values, bias, query, scores, max, sum] = sizes.map(|n| workspace.take(n));
 
-        let kv_width = cfg.kv_heads * dim;
-        let kv_bases = bases(&problem.lengths, sample, kv_width, kv_head * dim);
+        let key_bases = problem.key_bases(unit);
         let kv_rows = Rows {
             tokens: keys,
-            bases: &kv_bases,
-            width: kv_width,
+            bases: &key_bases,
+            width: problem.key_width(),
         };
         // `values` serves as the unpacked keys first.
         values[keys.len() * padded..].fill(0.0);
@@ -90,17 +95,17 @@ impl Forward<'_> {
         gather(level, &self.v, &kv_rows, dim, 1.0, values, padded);
         problem.fill_bias(sample, keys, bias);
 
-        let per_kv = cfg.heads / cfg.kv_heads;
-        for head in kv_head * per_kv..(kv_head + 1) * per_kv {
-            let q_width = cfg.heads * dim;
-            let q_bases = bases(&problem.lengths, sample, q_width, head * dim);
+        self.prefetch_outputs(unit);
+        for i in 0..problem.heads_per_key() {
+            let head = kv_head * problem.heads_per_key() + i;
+            let q_bases = problem.query_bases(unit, i);
             for first in (0..queries.len()).step_by(block.max(1)) {
                 let tokens = &queries[first..queries.len().min(first + block)];
                 let m = tokens.len();
                 let q_rows = Rows {
                     tokens,
                     bases: &q_bases,
-                    width: q_width,
+                    width: problem.query_width(),
                 };
                 gather(
                     level,
@@ -146,6 +151,9 @@ impl Forward<'_> {
                             row: seen,
                         },
                     );
+                }
+                if let Some(next) = next.filter(|_| i == 0) {
+                    self.prefetch_inputs(next, first..first + m);
                 }
                 let scores = &mut scores[..m * seen];
                 rows::softmax_rows(level, scores, seen, first_limit, max, sum);
@@ -197,5 +205,43 @@ impl Forward<'_> {
                 }
             }
         }
+    }
+
+    /// Prefetches what the unit will write.
+    fn prefetch_outputs(&self, unit: Unit) {
+        let problem = self.problem;
+        let targets = starts_of(&self.outs);
+        for i in 0..problem.heads_per_key() {
+            let bases = problem.query_bases(unit, i);
+            let tokens = &problem.query_tokens[unit.group];
+            let rows = Rows {
+                tokens,
+                bases: &bases,
+                width: problem.query_width(),
+            };
+            prefetch(&targets, &rows, problem.cfg.head_dim);
+        }
+    }
+
+    /// Prefetches part of what the unit will read: the first query head and the keys and values.
+    fn prefetch_inputs(&self, unit: Unit, part: Range<usize>) {
+        let (problem, dim) = (self.problem, self.problem.cfg.head_dim);
+        let bases = problem.query_bases(unit, 0);
+        let tokens = slice_of(&problem.query_tokens[unit.group], &part);
+        let rows = Rows {
+            tokens,
+            bases: &bases,
+            width: problem.query_width(),
+        };
+        prefetch(&starts(&self.q), &rows, dim);
+        let bases = problem.key_bases(unit);
+        let tokens = slice_of(&problem.key_tokens[unit.group], &part);
+        let rows = Rows {
+            tokens,
+            bases: &bases,
+            width: problem.key_width(),
+        };
+        prefetch(&starts(&self.k), &rows, dim);
+        prefetch(&starts(&self.v), &rows, dim);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::AttentionConfig;
 use crate::pool::SharedPtr;
-use crate::simd::simd_kernel;
+use crate::simd::{prefetch_line, simd_kernel};
 
 /// A row of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,14 +41,6 @@ pub(super) struct Rows<'a> {
     pub(super) width: usize,
 }
 
-/// The position of a head's first row in each segment of one sample.
-pub(super) fn bases(lengths: &[usize], sample: usize, width: usize, head_at: usize) -> Vec<usize> {
-    lengths
-        .iter()
-        .map(|tokens| sample * tokens * width + head_at)
-        .collect()
-}
-
 simd_kernel! {
     /// Copies rows of `dim` values, times `factor`, to consecutive rows of `padded` values (a multiple
     /// of the lanes); the padding becomes zero.
@@ -61,21 +53,31 @@ simd_kernel! {
         dst: &mut [f32],
         padded: usize,
     ) {
+        assert!(dst.len() >= rows.tokens.len() * padded);
+        assert!(padded == dim.next_multiple_of(S::LANES));
         let factor = s.splat(factor);
-        for (t, dst) in rows.tokens.iter().zip(dst.chunks_exact_mut(padded)) {
+        let full = dim - dim % S::LANES;
+        let mut dst = dst.as_mut_ptr();
+        for t in rows.tokens {
             let segment = t.segment as usize;
             let start = rows.bases[segment] + t.token as usize * rows.width;
             let src = &sources[segment][start..start + dim];
-            for i in (0..padded).step_by(S::LANES) {
-                let v = if i + S::LANES <= dim { s.load(&src[i..]) } else { s.load_part(&src[i.min(dim)..]) };
-                s.store(&mut dst[i..], s.mul(v, factor));
+            // SAFETY: `src` has `dim` values; `dst` has `padded` values for each token, by the
+            // assertion above, and `padded` holds the last, partial vector.
+            unsafe {
+                for i in (0..full).step_by(S::LANES) {
+                    s.store_ptr(dst.add(i), s.mul(s.load_ptr(src.as_ptr().add(i)), factor));
+                }
+                if full < padded {
+                    s.store_ptr(dst.add(full), s.mul(s.load_part(&src[full..]), factor));
+                }
+                dst = dst.add(padded);
             }
         }
     }
 }
 
 simd_kernel! {
-    /// Writes consecutive rows of `padded` values, row `i` times `factor(i)`, to rows of `dim` values.
     fn scatter_raw<S>(
         s,
         targets: &[SharedPtr<f32>],
@@ -85,16 +87,26 @@ simd_kernel! {
         src: &[f32],
         padded: usize,
     ) {
-        for (r, (t, src)) in rows.tokens.iter().zip(src.chunks_exact(padded)).enumerate() {
+        assert!(src.len() >= rows.tokens.len() * padded);
+        assert!(padded == dim.next_multiple_of(S::LANES));
+        let full = dim - dim % S::LANES;
+        let mut src = src.as_ptr();
+        for (r, t) in rows.tokens.iter().enumerate() {
             let factor = s.splat(factors[if factors.len() == 1 { 0 } else { r }]);
             let segment = t.segment as usize;
             let start = rows.bases[segment] + t.token as usize * rows.width;
-            // SAFETY: `scatter`, the only caller, has the same contract.
-            let dst = unsafe {
-                std::slice::from_raw_parts_mut(targets[segment].get().add(start), dim)
-            };
-            for i in (0..dim).step_by(S::LANES) {
-                s.store_at(dst, i, s.mul(s.load(&src[i..]), factor));
+            // SAFETY: `src` has `padded` values for each token, by the assertion above. `scatter`,
+            // the only caller, has this function's contract for the targets.
+            unsafe {
+                let dst = targets[segment].get().add(start);
+                for i in (0..full).step_by(S::LANES) {
+                    s.store_ptr(dst.add(i), s.mul(s.load_ptr(src.add(i)), factor));
+                }
+                if full < dim {
+                    let rest = std::slice::from_raw_parts_mut(dst.add(full), dim - full);
+                    s.store_part(rest, s.mul(s.load_ptr(src.add(full)), factor));
+                }
+                src = src.add(padded);
             }
         }
     }
@@ -115,6 +127,19 @@ pub(super) unsafe fn scatter(
     padded: usize,
 ) {
     scatter_raw(level, targets, rows, dim, factors, src, padded);
+}
+
+/// Asks the processor to bring rows of `dim` values into its cache. A head's rows are short and far
+/// apart, which hardware prefetchers do not follow.
+pub(super) fn prefetch(bases_of_segments: &[*const f32], rows: &Rows<'_>, dim: usize) {
+    for t in rows.tokens {
+        let segment = t.segment as usize;
+        let start = rows.bases[segment] + t.token as usize * rows.width;
+        let row = bases_of_segments[segment].wrapping_add(start);
+        for i in (0..dim).step_by(16) {
+            prefetch_line(row.wrapping_add(i));
+        }
+    }
 }
 
 #[cfg(test)]

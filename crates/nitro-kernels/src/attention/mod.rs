@@ -18,8 +18,9 @@ pub use linear::{
 };
 
 use crate::error::{KernelError, check_eq};
-use crate::pool::{Scratch, SharedPtr};
+use crate::pool::{Scratch, SharedPtr, num_threads, par_for};
 use crate::simd::Level;
+use std::ops::Range;
 
 /// Queries, keys and values of one run of tokens, for example the image's or the text's.
 #[derive(Clone, Copy, Debug)]
@@ -130,6 +131,14 @@ pub fn attention_backward(
         douts,
         grads,
     )
+}
+
+/// One unit of work.
+#[derive(Clone, Copy, Debug)]
+struct Unit {
+    sample: usize,
+    group: usize,
+    kv_head: usize,
 }
 
 /// A checked problem: who attends to whom, and where everything lies.
@@ -251,15 +260,61 @@ impl<'a> Problem<'a> {
         })
     }
 
-    /// Units of work: one per sample, group and key head.
-    fn units(&self) -> usize {
-        self.cfg.batch * self.cfg.groups * self.cfg.kv_heads
+    /// Runs `f(unit, next unit of the same thread)` for one unit per sample, group and key head.
+    fn for_units(&self, f: impl Fn(Unit, Option<Unit>) + Sync) {
+        let units = self.cfg.batch * self.cfg.groups * self.cfg.kv_heads;
+        // Runs of units on one thread, so that it knows what to prefetch; short enough to balance.
+        let run = (units / (8 * num_threads())).max(1);
+        par_for(units.div_ceil(run), |task| {
+            let end = units.min((task + 1) * run);
+            for unit in task * run..end {
+                let next = (unit + 1 < end).then(|| self.unit(unit + 1));
+                f(self.unit(unit), next);
+            }
+        });
     }
 
-    /// Sample, group and key head of a unit.
-    fn unit(&self, unit: usize) -> (usize, usize, usize) {
+    fn unit(&self, unit: usize) -> Unit {
         let (rest, kv_head) = (unit / self.cfg.kv_heads, unit % self.cfg.kv_heads);
-        (rest / self.cfg.groups, rest % self.cfg.groups, kv_head)
+        Unit {
+            sample: rest / self.cfg.groups,
+            group: rest % self.cfg.groups,
+            kv_head,
+        }
+    }
+
+    /// First rows of a key head in the segments.
+    fn key_bases(&self, unit: Unit) -> Vec<usize> {
+        let width = self.key_width();
+        self.bases(unit.sample, width, unit.kv_head * self.cfg.head_dim)
+    }
+
+    /// First rows of the `i`-th query head of a unit in the segments.
+    fn query_bases(&self, unit: Unit, i: usize) -> Vec<usize> {
+        let head = unit.kv_head * self.heads_per_key() + i;
+        self.bases(unit.sample, self.query_width(), head * self.cfg.head_dim)
+    }
+
+    fn bases(&self, sample: usize, width: usize, head_at: usize) -> Vec<usize> {
+        self.lengths
+            .iter()
+            .map(|tokens| sample * tokens * width + head_at)
+            .collect()
+    }
+
+    /// Values per token in k and v.
+    fn key_width(&self) -> usize {
+        self.cfg.kv_heads * self.cfg.head_dim
+    }
+
+    /// Values per token in q.
+    fn query_width(&self) -> usize {
+        self.cfg.heads * self.cfg.head_dim
+    }
+
+    /// Query heads that share a key head.
+    fn heads_per_key(&self) -> usize {
+        self.cfg.heads / self.cfg.kv_heads
     }
 
     /// Start of the log-sum-exp row of a sample and head.
@@ -321,6 +376,24 @@ fn shared(slices: &mut [&mut [f32]]) -> Vec<SharedPtr<f32>> {
         .iter_mut()
         .map(|slice| SharedPtr(slice.as_mut_ptr()))
         .collect()
+}
+
+/// The start of every segment's rows, for prefetching.
+fn starts(segments: &[&[f32]]) -> Vec<*const f32> {
+    segments.iter().map(|segment| segment.as_ptr()).collect()
+}
+
+/// As [`starts`], of what is written.
+fn starts_of(segments: &[SharedPtr<f32>]) -> Vec<*const f32> {
+    segments
+        .iter()
+        .map(|segment| segment.get().cast_const())
+        .collect()
+}
+
+/// The part of `tokens` at `range`, as far as there is one.
+fn slice_of<'t>(tokens: &'t [layout::Token], range: &Range<usize>) -> &'t [layout::Token] {
+    &tokens[range.start.min(tokens.len())..range.end.min(tokens.len())]
 }
 
 /// Query rows of one block: multiples of 24 (which every register tile divides), as many as keep
