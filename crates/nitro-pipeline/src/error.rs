@@ -51,6 +51,12 @@ pub enum PipelineError {
     /// Weights are missing, damaged or of another model.
     #[error(transparent)]
     Weights(#[from] nitro_models::WeightError),
+    /// Parts of a model do not fit each other.
+    #[error("the parts of the model do not fit each other: {reason}")]
+    Mismatch {
+        /// Which parts, what was found and what was expected.
+        reason: String,
+    },
     /// The sampler refused its settings.
     #[error(transparent)]
     Sampling(#[from] nitro_diffusion::Error),

@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use sha2::{Digest, Sha256};
+
 use crate::card::{CARD_FILE, ModelCard};
 use crate::hub::{Hub, HubError, HubOptions};
 use crate::PipelineError;
@@ -97,6 +99,20 @@ impl ModelFile {
                 .map(Cow::Owned)
                 .map_err(|source| PipelineError::Read { path: path.clone(), source }),
             Self::Embedded { bytes, .. } => Ok(Cow::Borrowed(bytes)),
+        }
+    }
+
+    /// Feeds the content to `sha256` in pieces.
+    pub(crate) fn hash_into(&self, sha256: &mut Sha256) -> Result<(), PipelineError> {
+        match self {
+            Self::Disk(path) => std::fs::File::open(path)
+                .and_then(|mut file| std::io::copy(&mut file, sha256))
+                .map(|_| ())
+                .map_err(|source| PipelineError::Read { path: path.clone(), source }),
+            Self::Embedded { bytes, .. } => {
+                sha256.update(bytes);
+                Ok(())
+            }
         }
     }
 }

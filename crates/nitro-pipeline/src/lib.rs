@@ -1,12 +1,31 @@
-//! Prompt to picture: model folders and the Hub, tokenisation, the pipeline.
+//! Prompt to picture: model folders and the Hub, caption cleaning, tokenisation, the pipeline,
+//! pictures with metadata.
+//!
+//! The data's way: [`files`] finds a model by its [`card`] (through [`hub`] where it must), `load`
+//! turns it into a [`Pipeline`]; a [`Request`]'s prompts go through [`caption`] and [`tokenizer`]
+//! into the text encoder, the sampler turns noise into latents, the decoder latents into pictures,
+//! and [`picture`] writes them.
 
+pub mod caption;
 pub mod card;
 mod error;
 pub mod files;
 pub mod hub;
+mod info;
+mod load;
+pub mod picture;
+mod pipeline;
+mod pixels;
+mod request;
 pub mod tokenizer;
 
 pub use card::{ModelCard, Variant};
 pub use error::{PipelineError, RequestError};
 pub use files::{EmbeddedModel, ModelFile, ModelFiles, ModelLocation, OFFICIAL_REPOSITORY};
 pub use hub::{DownloadProgress, Hub, HubError, HubOptions};
+pub use info::{ModelInfo, PartInfo, VariantInfo};
+pub use load::{CONFIG_KEY, PipelineBuilder};
+pub use pipeline::{Event, Pipeline, StepEvent, TextFeatures};
+pub use request::{
+    CudaDevice, Generated, InitImage, NoiseKind, Output, Request, Seeds, Stage, Timings, Truncation,
+};

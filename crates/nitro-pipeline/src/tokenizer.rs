@@ -27,6 +27,7 @@ impl Tokens {
 pub struct TextTokenizer {
     inner: tokenizers::Tokenizer,
     origin: String,
+    text_tokens: usize,
 }
 
 impl std::fmt::Debug for TextTokenizer {
@@ -69,7 +70,12 @@ impl TextTokenizer {
         inner
             .with_truncation(Some(TruncationParams { max_length: text_tokens, ..Default::default() }))
             .map_err(|e| bad(format!("it cannot cut texts to {text_tokens} tokens: {e}")))?;
-        Ok(Self { inner, origin })
+        Ok(Self { inner, origin, text_tokens })
+    }
+
+    /// Ids per text.
+    pub fn text_tokens(&self) -> usize {
+        self.text_tokens
     }
 
     /// The ids of `text`.

@@ -211,7 +211,7 @@ impl EmmditConfig {
     }
 
     /// Whether latents of `height x width` and `text` tokens suit the model; the reason if not.
-    pub(super) fn check_input(
+    pub fn check_input(
         &self,
         height: usize,
         width: usize,

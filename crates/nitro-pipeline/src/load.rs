@@ -1,0 +1,289 @@
+//! From a model's files to a pipeline.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use burn::tensor::Device;
+use nitro_models::dcae::{DcaeConfig, Decoder, Encoder};
+use nitro_models::emmdit::{Emmdit, EmmditConfig};
+use nitro_models::llama::{Llama, LlamaConfig};
+use nitro_models::{LoraAdapter, Merged, Params, WeightFiles};
+use nitro_ops::Precision;
+use serde::de::DeserializeOwned;
+
+use crate::PipelineError;
+use crate::card::{ModelCard, Variant};
+use crate::files::{ModelFile, ModelFiles, ModelLocation};
+use crate::hub::HubOptions;
+use crate::pipeline::Pipeline;
+use crate::tokenizer::TextTokenizer;
+
+/// Metadata key under which our own transformer files carry their [`EmmditConfig`] as JSON.
+pub const CONFIG_KEY: &str = "nitro.config";
+
+/// Chooses how a model is loaded.
+pub struct PipelineBuilder {
+    location: ModelLocation,
+    variant: Option<String>,
+    resolution: Option<usize>,
+    precision: Precision,
+    device: Device,
+    loras: Vec<(PathBuf, f64)>,
+    hub: HubOptions,
+    on_part: Box<dyn Fn(&str)>,
+}
+
+impl std::fmt::Debug for PipelineBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PipelineBuilder")
+            .field("location", &self.location)
+            .field("variant", &self.variant)
+            .field("resolution", &self.resolution)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PipelineBuilder {
+    pub(crate) fn new(location: ModelLocation) -> Self {
+        Self {
+            location,
+            variant: None,
+            resolution: None,
+            precision: Precision::F32,
+            device: Device::default(),
+            loras: Vec::new(),
+            hub: HubOptions::from_env(),
+            on_part: Box::new(|_| {}),
+        }
+    }
+
+    /// The variant, such as `base`, `grpo` or `dist`; the model's first one by default.
+    pub fn variant(mut self, name: impl Into<String>) -> Self {
+        self.variant = Some(name.into());
+        self
+    }
+
+    /// Side in pixels the pictures will have; chooses between variants of several resolutions.
+    pub fn resolution(mut self, side: usize) -> Self {
+        self.resolution = Some(side);
+        self
+    }
+
+    /// How products are computed; `f32` by default.
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// The device the model runs on; the CPU by default.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Merges a PEFT adapter folder into the transformer, on top of what the variant brings.
+    pub fn lora(mut self, folder: impl Into<PathBuf>, scale: f64) -> Self {
+        self.loras.push((folder.into(), scale));
+        self
+    }
+
+    /// How the Hub is spoken to; by default as the environment says.
+    pub fn hub(mut self, options: HubOptions) -> Self {
+        self.hub = options;
+        self
+    }
+
+    /// Hears which part is being loaded.
+    pub fn on_part(mut self, hear: impl Fn(&str) + 'static) -> Self {
+        self.on_part = Box::new(hear);
+        self
+    }
+
+    /// Finds, downloads if need be, checks and loads all parts.
+    pub fn load(self) -> Result<Pipeline, PipelineError> {
+        let began = Instant::now();
+        let files = ModelFiles::open(self.location, self.hub)?;
+        let card = files.card();
+        let variant = card.variant(self.variant.as_deref(), self.resolution)?.clone();
+        let (device, precision) = (&self.device, self.precision);
+
+        // The transformer comes first: it is the part a user chooses, and errors in it are likeliest.
+        (self.on_part)("transformer");
+        let autoencoder = autoencoder_config(&files)?;
+        let weights = open_weights(&files.file(&variant.transformer)?)?;
+        let config = transformer_config(&weights, &variant, &autoencoder)?;
+        let adapters = adapters(&files, &variant, &self.loras)?;
+        let merged =
+            Merged::new(&weights, adapters.iter().map(|(adapter, scale)| (adapter, *scale)))?;
+        let transformer = Emmdit::new(&config, &Params::new(&merged, device, precision))?;
+        // Projectors serve training only.
+        weights.finish(&["projectors."])?;
+
+        (self.on_part)("text encoder");
+        let (text_config, text_file) = text_encoder_files(&files)?;
+        let tokenizer = TextTokenizer::load(
+            &files.part_file(&card.text_encoder, "tokenizer.json")?,
+            &files.part_file(&card.text_encoder, "tokenizer_config.json")?,
+            card.text_tokens,
+            text_config.vocab_size,
+        )?;
+        check_fit(card, &config, &text_config, &autoencoder)?;
+        let text_weights = open_weights(&text_file)?;
+        let text_encoder = Llama::new(&text_config, &Params::new(&text_weights, device, precision))?;
+
+        (self.on_part)("image decoder");
+        let autoencoder_weights = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
+        let weights = open_weights(&autoencoder_weights)?;
+        let decoder = Decoder::new(&autoencoder, &Params::new(&weights, device, precision))?;
+
+        let transformer_file = files.file(&variant.transformer)?;
+        let mut weight_files = vec![transformer_file, text_file, autoencoder_weights.clone()];
+        if let Some(folder) = &variant.lora {
+            weight_files.push(files.part_file(folder, ADAPTER_WEIGHTS)?);
+        }
+        let own = self.loras.iter().map(|(folder, _)| folder.join(ADAPTER_WEIGHTS));
+        weight_files.extend(own.map(ModelFile::Disk));
+        Ok(Pipeline {
+            weights: weight_files,
+            adapter_scales: self.loras.iter().map(|(_, scale)| *scale).collect(),
+            name: card.name.clone(),
+            variant,
+            tokenizer,
+            text_encoder,
+            transformer,
+            autoencoder,
+            decoder,
+            encoder: OnceLock::new(),
+            autoencoder_weights,
+            device: self.device,
+            precision,
+            load_time: began.elapsed(),
+        })
+    }
+}
+
+/// File name of an autoencoder's weights in the diffusers layout.
+const AUTOENCODER_WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+
+/// File name of an adapter's weights in a PEFT folder.
+const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+
+/// Maps a weight file.
+pub(crate) fn open_weights(file: &ModelFile) -> Result<WeightFiles, PipelineError> {
+    Ok(match file {
+        ModelFile::Disk(path) => WeightFiles::open(path)?,
+        ModelFile::Embedded { name, bytes } => WeightFiles::from_bytes(name, *bytes)?,
+    })
+}
+
+/// Reads a JSON configuration.
+pub(crate) fn read_config<T: DeserializeOwned>(file: &ModelFile) -> Result<T, PipelineError> {
+    serde_json::from_slice(&file.read()?).map_err(|e| PipelineError::BadFile {
+        file: file.name(),
+        reason: format!("not the configuration that was expected here: {e}"),
+    })
+}
+
+pub(crate) fn autoencoder_config(files: &ModelFiles) -> Result<DcaeConfig, PipelineError> {
+    let file = files.part_file(&files.card().dc_ae, "config.json")?;
+    let config: DcaeConfig = read_config(&file)?;
+    if !(config.scaling_factor.is_finite() && config.scaling_factor > 0.0) {
+        return Err(PipelineError::BadFile {
+            file: file.name(),
+            reason: format!("scaling_factor is {}; it must be positive", config.scaling_factor),
+        });
+    }
+    Ok(config)
+}
+
+pub(crate) fn autoencoder_weights(files: &ModelFiles) -> Result<WeightFiles, PipelineError> {
+    open_weights(&files.part_file(&files.card().dc_ae, AUTOENCODER_WEIGHTS)?)
+}
+
+pub(crate) fn text_encoder_files(
+    files: &ModelFiles,
+) -> Result<(LlamaConfig, ModelFile), PipelineError> {
+    let folder = &files.card().text_encoder;
+    let config = read_config(&files.part_file(folder, "config.json")?)?;
+    Ok((config, files.part_file(folder, "model.safetensors")?))
+}
+
+/// The transformer's shape: as its file says, else from its tensors and the variant.
+pub(crate) fn transformer_config(
+    weights: &WeightFiles,
+    variant: &Variant,
+    autoencoder: &DcaeConfig,
+) -> Result<EmmditConfig, PipelineError> {
+    if let Some(json) = weights.metadata().get(CONFIG_KEY) {
+        return serde_json::from_str(json).map_err(|e| PipelineError::BadFile {
+            file: weights.origin().to_owned(),
+            reason: format!("its metadata `{CONFIG_KEY}` describes no transformer: {e}"),
+        });
+    }
+    let known = EmmditConfig {
+        sample_size: variant.resolution / autoencoder.spatial_factor(),
+        use_sub_attn: variant.asa,
+        ..EmmditConfig::nitro_e_512()
+    };
+    Ok(EmmditConfig::from_weights(weights, &known)?)
+}
+
+/// The adapter of the variant, then the user's, with their scales.
+fn adapters(
+    files: &ModelFiles,
+    variant: &Variant,
+    loras: &[(PathBuf, f64)],
+) -> Result<Vec<(LoraAdapter, f64)>, PipelineError> {
+    let mut adapters = Vec::new();
+    if let Some(folder) = &variant.lora {
+        let config = files.part_file(folder, "adapter_config.json")?;
+        let weights = open_weights(&files.part_file(folder, ADAPTER_WEIGHTS)?)?;
+        adapters.push((LoraAdapter::new(&config.read()?, &weights, &config.name())?, 1.0));
+    }
+    for (folder, scale) in loras {
+        adapters.push((LoraAdapter::open(folder)?, *scale));
+    }
+    Ok(adapters)
+}
+
+/// The autoencoder's other half, for requests that bring an image.
+pub(crate) fn load_encoder(
+    weights: &ModelFile,
+    config: &DcaeConfig,
+    device: &Device,
+    precision: Precision,
+) -> Result<Encoder, PipelineError> {
+    let weights = open_weights(weights)?;
+    Ok(Encoder::new(config, &Params::new(&weights, device, precision))?)
+}
+
+fn check_fit(
+    card: &ModelCard,
+    transformer: &EmmditConfig,
+    text: &LlamaConfig,
+    autoencoder: &DcaeConfig,
+) -> Result<(), PipelineError> {
+    let mismatch = |reason: String| Err(PipelineError::Mismatch { reason });
+    if text.hidden_size != transformer.caption_channels {
+        return mismatch(format!(
+            "the text encoder gives features of width {}, the transformer expects {}",
+            text.hidden_size, transformer.caption_channels
+        ));
+    }
+    if autoencoder.latent_channels != transformer.in_channels {
+        return mismatch(format!(
+            "the autoencoder has {} latent channels, the transformer expects {}",
+            autoencoder.latent_channels, transformer.in_channels
+        ));
+    }
+    if !card.text_tokens.is_multiple_of(transformer.text_unit()) {
+        return mismatch(format!(
+            "the model card pads texts to {} tokens, but the transformer's subregion attention needs \
+             a multiple of {}",
+            card.text_tokens,
+            transformer.text_unit()
+        ));
+    }
+    Ok(())
+}
