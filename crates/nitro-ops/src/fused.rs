@@ -12,7 +12,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Flex, TensorMetadata};
+use burn::backend::{Autodiff, AutodiffBackend, Flex, TensorMetadata};
 use burn::tensor::{DType, Tensor, TensorData};
 
 /// A contiguous `f32` array on the host: what a kernel reads and writes. Cloning shares the data.
@@ -28,13 +28,13 @@ impl Array {
     }
 
     fn from_primitive(primitive: FloatTensor<Flex>) -> Self {
-        let contiguous = primitive.is_contiguous() && primitive.layout().start_offset() == 0;
-        Self(if contiguous { primitive } else { primitive.to_contiguous() })
+        Self(if primitive.is_contiguous() { primitive } else { primitive.to_contiguous() })
     }
 
     /// The elements in row-major order.
     pub(crate) fn data(&self) -> &[f32] {
-        &self.0.storage::<f32>()[..self.0.layout().num_elements()]
+        let layout = self.0.layout();
+        &self.0.storage::<f32>()[layout.start_offset()..][..layout.num_elements()]
     }
 
     /// The dimensions.
@@ -127,7 +127,7 @@ pub(crate) fn apply<O: FusedOp<N>, const N: usize>(op: O, inputs: [Handle; N]) -
     }
     // Constants mixed into a recorded computation become untracked nodes of it.
     let tracked = inputs.map(|input| match input {
-        Handle::Plain(primitive) => <Autodiff<Flex>>::from_inner_primitive(primitive),
+        Handle::Plain(primitive) => <Autodiff<Flex> as AutodiffBackend>::from_inner(primitive),
         Handle::Tracked(primitive) => primitive,
     });
     let guards = tracked.each_ref().map(|tensor| tensor.node());
@@ -140,17 +140,6 @@ pub(crate) fn apply<O: FusedOp<N>, const N: usize>(op: O, inputs: [Handle; N]) -
         OpsKind::UnTracked(prep) => prep.finish(output.0),
     };
     Handle::Tracked(primitive)
-}
-
-/// The untracked autodiff node of a constant.
-trait FromInnerPrimitive {
-    fn from_inner_primitive(primitive: FloatTensor<Flex>) -> FloatTensor<Autodiff<Flex>>;
-}
-
-impl FromInnerPrimitive for Autodiff<Flex> {
-    fn from_inner_primitive(primitive: FloatTensor<Flex>) -> FloatTensor<Self> {
-        burn::backend::AutodiffBackend::from_inner(primitive)
-    }
 }
 
 #[derive(Clone, Debug)]

@@ -1,1 +1,24 @@
-//! Training of the autoencoder, the language model and the E-MMDiT: losses, optimiser, EMA, checkpoints, progress.
+//! Training: the autoencoder, the text encoder and the E-MMDiT, with checkpoints that resume exactly.
+//!
+//! A run is a [`config::RunConfig`]; [`trainer::train`] takes a [`trainer::Task`] (model, data,
+//! loss) through it. Weights are kept in `f32`; matrix products are computed in the precision of the
+//! configuration. The model is rebuilt around the step's tensors each time, so one definition of each
+//! model serves training and inference.
+
+pub mod autoencoder;
+pub mod checkpoint;
+pub mod config;
+mod data;
+pub mod emmdit;
+mod error;
+mod files;
+pub mod language_model;
+pub mod latents;
+pub mod miniature;
+pub mod optimizer;
+mod pictures;
+pub mod store;
+pub mod tokenizer;
+pub mod trainer;
+
+pub use error::TrainError;

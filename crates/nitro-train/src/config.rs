@@ -1,0 +1,225 @@
+//! One YAML file describes a run; `key.path=value` on the command line overrides it.
+
+use std::path::{Path, PathBuf};
+
+use nitro_models::dcae::DcaeConfig;
+use nitro_models::emmdit::EmmditConfig;
+use nitro_models::llama::LlamaConfig;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::TrainError;
+
+/// A training run, as resolved from its YAML file and overrides.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// What every run has.
+    pub run: CommonConfig,
+    /// The model being trained and its data.
+    pub task: TaskConfig,
+}
+
+/// What every run has.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommonConfig {
+    /// Seed of initialisation, data and noise.
+    pub seed: u64,
+    /// Optimiser steps.
+    pub max_steps: u64,
+    /// Examples per step.
+    pub batch_size: usize,
+    /// AdamW.
+    pub optimizer: OptimizerConfig,
+    /// Steps of linear warm-up from zero.
+    pub warmup_steps: u64,
+    /// Steps at the end over which the learning rate falls linearly to zero.
+    #[serde(default)]
+    pub decay_steps: u64,
+    /// Largest norm of the whole gradient.
+    pub gradient_clip: f64,
+    /// Decay of the exponential moving average of the weights, which is what is exported.
+    pub ema_rate: f64,
+    /// How matrix products are computed in forward and backward passes; weights stay `f32`.
+    pub precision: ComputePrecision,
+    /// Steps between checkpoints.
+    pub save_every: u64,
+    /// Checkpoints kept.
+    #[serde(default = "default_keep")]
+    pub keep: usize,
+    /// Steps between lines of `metrics.jsonl`.
+    pub log_every: u64,
+    /// Steps between sample pictures; 0 writes none.
+    pub sample_every: u64,
+}
+
+fn default_keep() -> usize {
+    2
+}
+
+/// AdamW's hyper-parameters, in PyTorch's names.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Learning rate after warm-up.
+    pub lr: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decay of the first and second moment.
+    pub betas: (f64, f64),
+}
+
+/// How products are computed in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputePrecision {
+    /// Single precision.
+    F32,
+    /// bfloat16 products, `f32` accumulation.
+    Bf16,
+}
+
+impl From<ComputePrecision> for nitro_ops::Precision {
+    fn from(value: ComputePrecision) -> Self {
+        match value {
+            ComputePrecision::F32 => Self::F32,
+            ComputePrecision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// The model being trained and its data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum TaskConfig {
+    /// A DC-AE on pictures of the shapes world.
+    Autoencoder(AutoencoderTask),
+    /// The tokenizer and the Llama text encoder on captions of the shapes world.
+    LanguageModel(LanguageModelTask),
+    /// The E-MMDiT on cached latents and captions.
+    Emmdit(EmmditTask),
+}
+
+impl TaskConfig {
+    /// The kind as written in YAML.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Autoencoder(_) => "autoencoder",
+            Self::LanguageModel(_) => "language_model",
+            Self::Emmdit(_) => "emmdit",
+        }
+    }
+}
+
+/// Autoencoder training.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AutoencoderTask {
+    /// The architecture; `scaling_factor` is measured when the run ends.
+    pub model: DcaeConfig,
+    /// Side of the rendered pictures.
+    pub image_size: usize,
+    /// Side of the random crops trained on until `full_size_steps` before the end.
+    pub crop_size: usize,
+    /// Steps at the end on whole pictures.
+    pub full_size_steps: u64,
+    /// Standard deviation of the noise added to latents before decoding, so that the decoder
+    /// forgives what a denoiser leaves.
+    pub latent_noise: f64,
+    /// Weight of the penalty `mean(z^2)` that keeps latents near unit size.
+    pub latent_penalty: f64,
+}
+
+/// Tokenizer and language model training.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LanguageModelTask {
+    /// The architecture; `vocab_size` is set by the tokenizer.
+    pub model: LlamaConfig,
+    /// Largest vocabulary of the byte-pair tokenizer, special tokens included.
+    pub vocab_size: usize,
+    /// Captions the tokenizer is trained on.
+    pub tokenizer_captions: usize,
+    /// Tokens a caption is padded or cut to.
+    pub text_tokens: usize,
+}
+
+/// E-MMDiT training.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmmditTask {
+    /// The architecture.
+    pub model: EmmditConfig,
+    /// Folder of cached latents written by `nitro train latents`.
+    pub latents: PathBuf,
+    /// Model folder with the frozen autoencoder (`dc-ae`) and text encoder (`text_encoder`).
+    pub frozen: PathBuf,
+    /// Tokens a caption is padded or cut to.
+    pub text_tokens: usize,
+    /// Probability of replacing a caption with the empty one, for classifier-free guidance.
+    pub caption_dropout: f64,
+    /// Mean of the logit-normal timestep density.
+    #[serde(default)]
+    pub logit_mean: f32,
+    /// Standard deviation of the logit-normal timestep density.
+    #[serde(default = "one")]
+    pub logit_std: f32,
+}
+
+fn one() -> f32 {
+    1.0
+}
+
+impl RunConfig {
+    /// Reads `path` and applies `key.path=value` overrides, whose values are YAML.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self, TrainError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| TrainError::Io { path: path.to_owned(), source })?;
+        Self::parse(&text, overrides)
+            .map_err(|reason| TrainError::Config { origin: path.display().to_string(), reason })
+    }
+
+    fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
+        let mut value: Value = serde_saphyr::from_str(text).map_err(|e| e.to_string())?;
+        for item in overrides {
+            apply_override(&mut value, item)?;
+        }
+        serde_json::from_value(value).map_err(|e| e.to_string())
+    }
+}
+
+/// Sets the value at `a.b.c` of `a.b.c=value`; the key must exist, so that a typing error is told.
+fn apply_override(root: &mut Value, item: &str) -> Result<(), String> {
+    let (key, text) = item
+        .split_once('=')
+        .ok_or_else(|| format!("override `{item}` is not of the form key.path=value"))?;
+    let value: Value =
+        serde_saphyr::from_str(text).map_err(|e| format!("override `{item}`: {e}"))?;
+    let mut place = root;
+    for part in key.split('.') {
+        place = place
+            .as_object_mut()
+            .and_then(|map| map.get_mut(part))
+            .ok_or_else(|| format!("override `{item}`: the configuration has no key `{key}`"))?;
+    }
+    *place = value;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overrides_set_existing_keys_only() {
+        let mut value = serde_json::json!({"run": {"seed": 1, "optimizer": {"lr": 0.1}}});
+        apply_override(&mut value, "run.optimizer.lr=3e-4").unwrap();
+        assert_eq!(value["run"]["optimizer"]["lr"], 3e-4);
+        let error = apply_override(&mut value, "run.sed=2").unwrap_err();
+        assert!(error.contains("run.sed"), "{error}");
+        assert!(apply_override(&mut value, "run.seed").is_err());
+    }
+}

@@ -1,0 +1,38 @@
+//! Seeds of examples and noise, as functions of the run's seed and the step.
+
+use nitro_diffusion::noise::CpuGenerator;
+
+/// SplitMix64's finaliser: neighbouring inputs give unrelated outputs.
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ (x >> 31)
+}
+
+/// The seed of example `index` of `step`.
+pub(crate) fn example_seed(seed: u64, step: u64, index: usize) -> u64 {
+    let place = (step << 20) | index as u64;
+    // The upper half is left to held-out examples.
+    mix(mix(seed).wrapping_add(place.wrapping_mul(0x9E37_79B9_7F4A_7C15))) >> 1
+}
+
+/// The generator of noise, timesteps and dropout at `step`.
+///
+/// A torch-compatible generator keeps the low 32 bits of its seed only.
+pub(crate) fn step_generator(seed: u64, step: u64) -> CpuGenerator {
+    CpuGenerator::new(mix(mix(seed ^ 0x6E6F_6973_65).wrapping_add(step)) & 0xFFFF_FFFF)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn seeds_do_not_repeat_within_a_run() {
+        let seeds: HashSet<u64> =
+            (0..200).flat_map(|step| (0..64).map(move |i| example_seed(0, step, i))).collect();
+        assert_eq!(seeds.len(), 200 * 64);
+        assert_ne!(example_seed(0, 0, 0), example_seed(1, 0, 0));
+    }
+}

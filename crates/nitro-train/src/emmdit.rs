@@ -1,0 +1,225 @@
+//! Training the E-MMDiT: flow matching on cached latents with captions.
+//!
+//! Per example: `u` is logit-normal and chooses a timestep and its sigma, `x = (1 - sigma) z +
+//! sigma noise`, and the model is to give `noise - z`; a caption is replaced by the empty one with
+//! some probability, which is what classifier-free guidance needs. Source: the official `train.py`.
+
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use nitro_diffusion::guidance;
+use nitro_diffusion::noise::CpuGenerator;
+use nitro_diffusion::sampler::Euler;
+use nitro_diffusion::schedule::{Density, FlowMatchEuler};
+use nitro_models::dcae::{DcaeConfig, Decoder};
+use nitro_models::emmdit::Emmdit;
+use nitro_models::llama::{Llama, LlamaConfig};
+use nitro_models::{Params, TensorMap, WeightFiles};
+use nitro_ops::Precision;
+use tokenizers::Tokenizer;
+
+use crate::TrainError;
+use crate::config::{CommonConfig, EmmditTask};
+use crate::data::step_generator;
+use crate::language_model::encode_all;
+use crate::latents::{Latents, read_config};
+use crate::pictures::write_grid;
+use crate::trainer::{Losses, Task};
+
+/// Prompts of the sample grids: one or two of each kind of task.
+const PROMPTS: [&str; 16] = [
+    "a circle",
+    "a star",
+    "a red heart",
+    "a blue ring",
+    "a green triangle",
+    "a circle and a star",
+    "a cross and a crescent",
+    "two squares",
+    "three hearts",
+    "four rings",
+    "a circle left of a square",
+    "a star above a ring",
+    "a heart below a cross",
+    "a red circle and a blue square",
+    "a yellow star and a purple ring",
+    "a red circle left of a blue square",
+];
+const STEPS: usize = 20;
+const GUIDANCE: f32 = 4.5;
+
+/// An E-MMDiT, its data, and the frozen parts around it.
+pub struct EmmditTraining<'a> {
+    common: &'a CommonConfig,
+    task: &'a EmmditTask,
+    latents: Latents,
+    schedule: FlowMatchEuler,
+    tokenizer: Tokenizer,
+    text_encoder: Llama,
+    decoder: Decoder,
+    scaling_factor: f64,
+    empty_text: Tensor<3>,
+}
+
+/// The examples of one step.
+pub struct Pairs {
+    noisy: Tensor<4>,
+    target: Tensor<3>, // tokens, [batch, h w, c]
+    text: Tensor<3>,
+    timesteps: Vec<f32>,
+}
+
+impl<'a> EmmditTraining<'a> {
+    /// Opens the data and the frozen models that `task` names.
+    pub fn new(common: &'a CommonConfig, task: &'a EmmditTask) -> Result<Self, TrainError> {
+        let latents = Latents::open(&task.latents)?;
+        let config = &task.model;
+        let expected = [config.in_channels, config.sample_size, config.sample_size];
+        if latents.shape != expected {
+            return Err(TrainError::Config {
+                origin: task.latents.display().to_string(),
+                reason: format!("latents are {:?}, the model takes {expected:?}", latents.shape),
+            });
+        }
+        let device = Device::flex();
+        let precision = Precision::from(common.precision);
+        let dir = task.frozen.join("text_encoder");
+        let llama: LlamaConfig = read_config(&dir.join("config.json"))?;
+        let files = WeightFiles::open(dir.join("model.safetensors"))?;
+        let text_encoder = Llama::new(&llama, &Params::new(&files, &device, precision))?;
+        let tokenizer = crate::tokenizer::load(&dir)?;
+        let dir = task.frozen.join("dc-ae");
+        let dcae: DcaeConfig = read_config(&dir.join("config.json"))?;
+        let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
+        let decoder =
+            Decoder::new(&dcae, &Params::new(&files, &device, precision).sub("decoder"))?;
+        let mut this = Self {
+            common,
+            task,
+            latents,
+            schedule: FlowMatchEuler::nitro_e(),
+            tokenizer,
+            text_encoder,
+            decoder,
+            scaling_factor: dcae.scaling_factor,
+            empty_text: Tensor::zeros([1, 1, 1], &device),
+        };
+        this.empty_text = this.text_states(&[""])?;
+        Ok(this)
+    }
+
+    /// The text encoder's last hidden states, `[captions, text_tokens, width]`.
+    fn text_states<S: AsRef<str>>(&self, captions: &[S]) -> Result<Tensor<3>, TrainError> {
+        let length = self.task.text_tokens;
+        let (ids, mask) = encode_all(&self.tokenizer, captions, length, &Device::flex())?;
+        Ok(self.text_encoder.forward(ids, mask)?)
+    }
+
+    /// The index of example `i` of `step`: epochs of the cached pairs, each in its own order.
+    fn index(&self, step: u64, i: usize) -> usize {
+        let place = step * self.common.batch_size as u64 + i as u64;
+        let count = self.latents.len() as u64;
+        let (epoch, at) = (place / count, place % count);
+        // A stride without common factor visits each pair once an epoch.
+        let mut stride = (crate::data::example_seed(self.common.seed, epoch, 0) % count) | 1;
+        while gcd(stride, count) != 1 {
+            stride = (stride + 2) % count;
+        }
+        let offset = crate::data::example_seed(self.common.seed, epoch, 1) % count;
+        ((u128::from(at) * u128::from(stride) + u128::from(offset)) % u128::from(count)) as usize
+    }
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+impl Task for EmmditTraining<'_> {
+    type Batch = Pairs;
+
+    fn build(&self, p: &Params<'_>) -> Result<(), TrainError> {
+        Emmdit::new(&self.task.model, p)?;
+        Ok(())
+    }
+
+    fn batch(&self, step: u64) -> Result<Pairs, TrainError> {
+        let count = self.common.batch_size;
+        let [c, h, w] = self.latents.shape;
+        let mut rng = step_generator(self.common.seed, step);
+        let density = Density::LogitNormal {
+            mean: f64::from(self.task.logit_mean),
+            std: f64::from(self.task.logit_std),
+        };
+        let levels: Vec<_> =
+            density.sample(count, &mut rng).into_iter().map(|u| self.schedule.level(u)).collect();
+        let dropped = rng.rand(count);
+        let noise = rng.randn(count * c * h * w);
+        let mut captions = Vec::with_capacity(count);
+        let (mut noisy, mut target) = (Vec::new(), Vec::new());
+        for (i, level) in levels.iter().enumerate() {
+            let (latent, caption) = self.latents.pair(self.index(step, i));
+            let keep = f64::from(dropped[i]) >= self.task.caption_dropout;
+            captions.push(if keep { caption } else { "" });
+            let noise = &noise[i * c * h * w..(i + 1) * c * h * w];
+            for (z, n) in latent.iter().zip(noise) {
+                let z = z.to_f32();
+                noisy.push((1.0 - level.sigma) * z + level.sigma * n);
+                target.push(n - z);
+            }
+        }
+        let device = Device::flex();
+        let shape = [count, c, h, w];
+        let target = Tensor::<4>::from_data(TensorData::new(target, shape), &device);
+        Ok(Pairs {
+            noisy: Tensor::from_data(TensorData::new(noisy, shape), &device),
+            target: target.permute([0, 2, 3, 1]).reshape([count, h * w, c]),
+            text: self.text_states(&captions)?,
+            timesteps: levels.iter().map(|level| level.timestep).collect(),
+        })
+    }
+
+    fn loss(&self, p: &Params<'_>, batch: Pairs) -> Result<Losses, TrainError> {
+        let model = Emmdit::new(&self.task.model, p)?;
+        let output = model.forward_train(batch.noisy, batch.text, &batch.timesteps)?;
+        let total = (output.tokens - batch.target).powi_scalar(2).mean();
+        Ok(Losses { total, parts: Vec::new() })
+    }
+
+    fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
+        let device = Device::flex();
+        let precision = Precision::from(self.common.precision);
+        let model = Emmdit::new(&self.task.model, &Params::new(averaged, &device, precision))?;
+        let [c, h, w] = self.latents.shape;
+        let count = PROMPTS.len();
+        let empty = self.empty_text.clone().repeat_dim(0, count);
+        let text = Tensor::cat(vec![empty, self.text_states(&PROMPTS)?], 0);
+        let noise: Vec<f32> =
+            (0..count).flat_map(|i| CpuGenerator::new(i as u64).randn(c * h * w)).collect();
+        let timetable = self.schedule.timetable(STEPS)?;
+        let latents = Euler::new(&timetable).run(
+            noise,
+            count,
+            |x: &[f32], timestep| {
+                let both = [x, x].concat();
+                let both =
+                    Tensor::from_data(TensorData::new(both, [2 * count, c, h, w]), &device);
+                let times = vec![timestep; 2 * count];
+                let v = model.forward(both, text.clone(), &times)?;
+                let v = v.into_data().into_vec::<f32>().unwrap_or_default();
+                let (uncond, cond) = v.split_at(x.len());
+                Ok::<_, TrainError>(guidance::combine(uncond, cond, GUIDANCE)?)
+            },
+            |_| std::ops::ControlFlow::Continue(()),
+        );
+        let latents = match latents {
+            Ok(latents) => latents,
+            Err(error) => {
+                let path = dir.to_owned();
+                return Err(TrainError::Picture { path, reason: error.to_string() });
+            }
+        };
+        let latents = Tensor::<4>::from_data(TensorData::new(latents, [count, c, h, w]), &device);
+        let pictures = self.decoder.decode(latents / self.scaling_factor)?;
+        write_grid(&dir.join(format!("step-{step:08}.png")), pictures, 8)
+    }
+}

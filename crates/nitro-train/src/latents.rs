@@ -1,0 +1,157 @@
+//! Cached training pairs: latents of rendered pictures, with their captions.
+//!
+//! A folder of shards `shard-00000.safetensors`, each with `latents [n, c, h, w]` (`f16`, multiplied
+//! by the autoencoder's scaling factor) and the captions as a JSON list in its metadata. Shard `i`
+//! is a function of the seed and `i`, so a run that was killed goes on with the shards that are
+//! missing.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use indicatif::ProgressBar;
+use nitro_data::shapes::{Example, render};
+use nitro_models::dcae::{DcaeConfig, Encoder};
+use nitro_models::{DType, Params, WeightFiles, save_safetensors};
+use nitro_ops::Precision;
+use rayon::prelude::*;
+
+use crate::TrainError;
+use crate::data::example_seed;
+use crate::pictures::from_bytes;
+
+/// Pairs in one shard.
+pub const SHARD: usize = 2048;
+const BATCH: usize = 32;
+
+/// Renders `shards * SHARD` pairs from `seed`, encodes them with the autoencoder in
+/// `frozen/dc-ae`, and writes the shards that are missing in `out`.
+pub fn precompute(
+    frozen: &Path,
+    out: &Path,
+    seed: u64,
+    shards: usize,
+    side: usize,
+    precision: Precision,
+    bar: &ProgressBar,
+) -> Result<(), TrainError> {
+    let dir = frozen.join("dc-ae");
+    let config = read_config::<DcaeConfig>(&dir.join("config.json"))?;
+    let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
+    let encoder =
+        Encoder::new(&config, &Params::new(&files, &Device::flex(), precision).sub("encoder"))?;
+    std::fs::create_dir_all(out)
+        .map_err(|source| TrainError::Io { path: out.to_owned(), source })?;
+    bar.set_length((shards * SHARD) as u64);
+    for index in 0..shards {
+        let path = shard_path(out, index);
+        if path.exists() {
+            bar.inc(SHARD as u64);
+            continue;
+        }
+        let (mut latents, mut captions, mut shape) = (Vec::new(), Vec::new(), [0; 4]);
+        for batch in 0..SHARD / BATCH {
+            let pairs: Vec<(Vec<f32>, String)> = (0..BATCH)
+                .into_par_iter()
+                .map(|i| {
+                    let seed = example_seed(seed, index as u64, batch * BATCH + i);
+                    let example = Example::from_seed(seed);
+                    let picture = render(&example.scene, side);
+                    (from_bytes(&picture, side, (0, 0), side), example.caption)
+                })
+                .collect();
+            let (pixels, words): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+            let data = TensorData::new(pixels.concat(), [BATCH, 3, side, side]);
+            let latent = encoder.encode(Tensor::from_data(data, &Device::flex()))?
+                * config.scaling_factor;
+            let [_, c, h, w] = latent.dims();
+            shape = [SHARD, c, h, w];
+            latents.extend(latent.into_data().into_vec::<f32>().unwrap_or_default());
+            captions.extend(words);
+            bar.inc(BATCH as u64);
+        }
+        let text = serde_json::to_string(&captions).unwrap_or_default();
+        let metadata = HashMap::from([("captions".to_owned(), text)]);
+        let tensors = [("latents".to_owned(), shape.to_vec(), latents.as_slice())];
+        save_safetensors(&path, &tensors, &metadata, DType::F16)?;
+    }
+    Ok(())
+}
+
+/// All pairs of a folder written by [`precompute`].
+#[derive(Debug)]
+pub struct Latents {
+    /// Channels, height and width of a latent.
+    pub shape: [usize; 3],
+    values: Vec<half::f16>,
+    captions: Vec<String>,
+}
+
+impl Latents {
+    /// Reads all shards of `dir`.
+    pub fn open(dir: &Path) -> Result<Self, TrainError> {
+        let wrong = |reason: &str| TrainError::Config {
+            origin: dir.display().to_string(),
+            reason: format!("{reason}; write it again with `nitro train latents`"),
+        };
+        let mut all = Self { shape: [0; 3], values: Vec::new(), captions: Vec::new() };
+        for index in 0.. {
+            let path = shard_path(dir, index);
+            if !path.exists() {
+                break;
+            }
+            let files = WeightFiles::open(&path)?;
+            let (shape, values) = files.read("latents")?;
+            let &[_, c, h, w] = shape.as_slice() else {
+                return Err(wrong("latents are not of rank 4"));
+            };
+            all.shape = [c, h, w];
+            all.values.extend(values.into_iter().map(half::f16::from_f32));
+            let captions = files.metadata().get("captions").map(String::as_str).unwrap_or("[]");
+            let captions: Vec<String> =
+                serde_json::from_str(captions).map_err(|_| wrong("captions are not a list"))?;
+            all.captions.extend(captions);
+        }
+        if all.captions.is_empty() {
+            return Err(wrong("no shards are there"));
+        }
+        if all.captions.len() * all.size() != all.values.len() {
+            return Err(wrong("captions and latents differ in number"));
+        }
+        Ok(all)
+    }
+
+    /// Number of pairs.
+    pub fn len(&self) -> usize {
+        self.captions.len()
+    }
+
+    /// Whether there are none (never, once opened).
+    pub fn is_empty(&self) -> bool {
+        self.captions.is_empty()
+    }
+
+    fn size(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Latent and caption of pair `index`.
+    pub fn pair(&self, index: usize) -> (&[half::f16], &str) {
+        let size = self.size();
+        (&self.values[index * size..(index + 1) * size], &self.captions[index])
+    }
+}
+
+/// Reads a JSON configuration.
+pub(crate) fn read_config<C: serde::de::DeserializeOwned>(path: &Path) -> Result<C, TrainError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| TrainError::Io { path: path.to_owned(), source })?;
+    serde_json::from_str(&text).map_err(|e| TrainError::Config {
+        origin: path.display().to_string(),
+        reason: e.to_string(),
+    })
+}
+
+fn shard_path(dir: &Path, index: usize) -> PathBuf {
+    dir.join(format!("shard-{index:05}.safetensors"))
+}

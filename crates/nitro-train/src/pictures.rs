@@ -1,0 +1,55 @@
+//! Pictures to tensors and back.
+
+use std::path::Path;
+
+use burn::tensor::Tensor;
+
+use crate::TrainError;
+
+/// A square crop of an RGB picture of side `whole`, as `[3, side, side]` in `-1..=1`.
+pub(crate) fn from_bytes(
+    rgb: &[u8],
+    whole: usize,
+    (left, top): (usize, usize),
+    side: usize,
+) -> Vec<f32> {
+    let mut out = Vec::with_capacity(3 * side * side);
+    for channel in 0..3 {
+        for y in top..top + side {
+            let row = &rgb[(y * whole + left) * 3..(y * whole + left + side) * 3];
+            out.extend(row.iter().skip(channel).step_by(3).map(|v| f32::from(*v) / 127.5 - 1.0));
+        }
+    }
+    out
+}
+
+/// Pictures `[n, 3, h, w]` in `-1..=1` as RGB bytes, one buffer each.
+pub(crate) fn to_bytes(pictures: Tensor<4>) -> Vec<Vec<u8>> {
+    let [count, _, h, w] = pictures.dims();
+    let data = pictures.permute([0, 2, 3, 1]).into_data();
+    let Ok(values) = data.into_vec::<f32>() else { return Vec::new() };
+    let byte = |v: &f32| ((v * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
+    values.chunks_exact(h * w * 3).take(count).map(|p| p.iter().map(byte).collect()).collect()
+}
+
+/// Writes pictures `[n, 3, h, w]` in `-1..=1` as one PNG, `columns` in a row.
+pub(crate) fn write_grid(
+    path: &Path,
+    pictures: Tensor<4>,
+    columns: usize,
+) -> Result<(), TrainError> {
+    let [count, _, h, w] = pictures.dims();
+    let rows = count.div_ceil(columns);
+    let mut grid = image::RgbImage::new((columns * w) as u32, (rows * h) as u32);
+    for (i, picture) in to_bytes(pictures).into_iter().enumerate() {
+        let Some(picture) = image::RgbImage::from_raw(w as u32, h as u32, picture) else {
+            continue;
+        };
+        let (x, y) = (i % columns * w, i / columns * h);
+        image::imageops::replace(&mut grid, &picture, x as i64, y as i64);
+    }
+    let aside = path.with_extension("png.tmp");
+    let fail = |reason: String| TrainError::Picture { path: path.to_owned(), reason };
+    grid.save_with_format(&aside, image::ImageFormat::Png).map_err(|e| fail(e.to_string()))?;
+    std::fs::rename(&aside, path).map_err(|e| fail(e.to_string()))
+}
