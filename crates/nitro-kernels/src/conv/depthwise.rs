@@ -14,6 +14,8 @@ const PIXELS: usize = 4;
 /// Channels and output rows of one task; channels are whole vectors.
 const BLOCK_CHANNELS: usize = 8 * LANES;
 const BLOCK_ROWS: usize = 16;
+/// Output pixels whose weight gradient is summed before the next channels are read.
+const BLOCK_PIXELS: usize = 16;
 
 /// `[C, 1, kh, kw]` to `[kh][kw][C]`.
 pub(super) fn reorder(conv: &Conv2d, weight: &[f32]) -> Vec<f32> {
@@ -164,40 +166,90 @@ fn forward_row_body<const FUSED: bool>(
         Some(last) => (last / s + 1).clamp(inner_from, out_width),
         None => inner_from,
     };
-    for c in row.channels.clone().step_by(LANES) {
-        if channels - c < LANES {
-            tail_channels::<FUSED>(conv, weights, bias, x, y, row, c);
-            break;
+    let whole =
+        row.channels.start..row.channels.end - (row.channels.end - row.channels.start) % LANES;
+    // Pixels outside, channels inside: memory is then read in order.
+    let mut at = 0;
+    while at < out_width {
+        if at >= inner_from && at + PIXELS <= inner_to {
+            // The lowest input row is new; fetch what the pixels after the next ones will read.
+            let lowest = (y * s + taps_y.end).saturating_sub(conv.padding + 1) * width;
+            let ahead = lowest + (at + 2 * PIXELS) * s;
+            for c in whole.clone().step_by(LANES) {
+                for p in 0..PIXELS * s {
+                    prefetch(x.as_ptr().wrapping_add((ahead + p) * channels + c));
+                }
+                let start = bias.map_or([0.0; LANES], |bias| load(bias, c));
+                let taps = Taps {
+                    ys: taps_y.clone(),
+                    xs: 0..kw,
+                };
+                window::<FUSED, PIXELS>(conv, weights, x, (y, at), c, taps, start, row);
+            }
+            at += PIXELS;
+        } else {
+            for c in whole.clone().step_by(LANES) {
+                let start = bias.map_or([0.0; LANES], |bias| load(bias, c));
+                let xs = valid_taps(at, width, kw, s, conv.padding);
+                let taps = Taps {
+                    ys: taps_y.clone(),
+                    xs,
+                };
+                window::<FUSED, 1>(conv, weights, x, (y, at), c, taps, start, row);
+            }
+            at += 1;
         }
-        let start = bias.map_or([0.0; LANES], |bias| load(bias, c));
-        let mut at = 0;
-        while at < out_width {
-            let inner = at >= inner_from && at + PIXELS <= inner_to;
-            let count = if inner { PIXELS } else { 1 };
-            let mut acc = [start; PIXELS];
-            for ky in taps_y.clone() {
-                let line = (y * s + ky - conv.padding) * width;
-                if inner {
-                    for kx in 0..kw {
-                        let w = load(weights, (ky * kw + kx) * channels + c);
-                        for p in 0..PIXELS {
-                            let from = line + (at + p) * s + kx - conv.padding;
-                            add::<FUSED>(&mut acc[p], &load(x, from * channels + c), &w);
-                        }
-                    }
-                } else {
-                    for kx in valid_taps(at, width, kw, s, conv.padding) {
-                        let w = load(weights, (ky * kw + kx) * channels + c);
-                        let from = line + at * s + kx - conv.padding;
-                        add::<FUSED>(&mut acc[0], &load(x, from * channels + c), &w);
-                    }
+    }
+    if whole.end < row.channels.end {
+        tail_channels::<FUSED>(conv, weights, bias, x, y, row, whole.end);
+    }
+}
+
+/// Kernel rows and columns whose input exists.
+struct Taps {
+    ys: std::ops::Range<usize>,
+    xs: std::ops::Range<usize>,
+}
+
+/// Sixteen channels from `c` of `COUNT` outputs from column `at` of row `y`, added to `start`.
+#[inline(always)]
+fn window<const FUSED: bool, const COUNT: usize>(
+    conv: &Conv2d,
+    weights: &[f32],
+    x: &[f32],
+    (y, at): (usize, usize),
+    c: usize,
+    taps: Taps,
+    start: [f32; LANES],
+    row: &Row,
+) {
+    let channels = conv.in_channels;
+    let mut acc = [start; COUNT];
+    for ky in taps.ys {
+        let line = (y * conv.stride + ky - conv.padding) * conv.width;
+        let first = (line + at * conv.stride + taps.xs.start - conv.padding) * channels + c;
+        let count = taps.xs.len();
+        if count == 0 {
+            continue;
+        }
+        // One check for the run of taps of this kernel row; the loads below stay inside it.
+        let last = first + ((COUNT - 1) * conv.stride + count - 1) * channels;
+        let x = &x[first..last + LANES];
+        let first = (ky * conv.kernel[1] + taps.xs.start) * channels + c;
+        let w = &weights[first..first + (count - 1) * channels + LANES];
+        for tap in 0..count {
+            // SAFETY: `w` reaches `count` taps, `x` those of the last output.
+            unsafe {
+                let w = w.as_ptr().add(tap * channels).cast::<[f32; LANES]>().read();
+                for (p, acc) in acc.iter_mut().enumerate() {
+                    let x = x.as_ptr().add((p * conv.stride + tap) * channels);
+                    add::<FUSED>(acc, &x.cast::<[f32; LANES]>().read(), &w);
                 }
             }
-            for (p, acc) in acc.iter().enumerate().take(count) {
-                row.put((at + p) * channels + c, acc);
-            }
-            at += count;
         }
+    }
+    for (p, acc) in acc.iter().enumerate() {
+        row.put((at + p) * channels + c, acc);
     }
 }
 
@@ -235,6 +287,17 @@ fn load(values: &[f32], at: usize) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
     lanes.copy_from_slice(&values[at..at + LANES]);
     lanes
+}
+
+/// Asks for a cache line; any address is harmless.
+#[inline(always)]
+fn prefetch(_address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, and SSE is part of every x86-64 machine.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(_address.cast());
+    }
 }
 
 #[inline(always)]
@@ -380,38 +443,62 @@ fn weight_row_body<const FUSED: bool>(
         let line = (y * conv.stride + ky - conv.padding) * conv.width * channels;
         let line = &x[line..][..conv.width * channels];
         let sums = &mut sums[ky * kw * channels..][..kw * channels];
-        for c in (0..channels).step_by(LANES) {
-            if channels - c < LANES {
-                for c in c..channels {
-                    weight_taps::<FUSED, 1, 1>(conv, line, grad_row, c, sums);
+        let whole = channels - channels % LANES;
+        // Blocks of pixels outside, channels inside: memory is then read in order.
+        for first in (0..conv.out_width()).step_by(BLOCK_PIXELS) {
+            let outs = first..(first + BLOCK_PIXELS).min(conv.out_width());
+            for c in (0..whole).step_by(LANES) {
+                let outs = outs.clone();
+                match kw {
+                    3 => weight_taps::<FUSED, 3, LANES>(conv, line, grad_row, outs, c, sums),
+                    5 => weight_taps::<FUSED, 5, LANES>(conv, line, grad_row, outs, c, sums),
+                    _ => weight_taps::<FUSED, 1, LANES>(conv, line, grad_row, outs, c, sums),
                 }
-                break;
             }
-            match kw {
-                3 => weight_taps::<FUSED, 3, LANES>(conv, line, grad_row, c, sums),
-                5 => weight_taps::<FUSED, 5, LANES>(conv, line, grad_row, c, sums),
-                _ => weight_taps::<FUSED, 1, LANES>(conv, line, grad_row, c, sums),
+            for c in whole..channels {
+                weight_taps::<FUSED, 1, 1>(conv, line, grad_row, outs.clone(), c, sums);
             }
         }
     }
 }
 
-/// `WIDTH` channels from `c` over one row, `TAPS` taps of a kernel row at a time.
+/// `WIDTH` channels from `c` over some outputs of one row, `TAPS` taps of a kernel row at a time.
 #[inline(always)]
 fn weight_taps<const FUSED: bool, const TAPS: usize, const WIDTH: usize>(
     conv: &Conv2d,
     line: &[f32],
     grad_row: &[f32],
+    outs: std::ops::Range<usize>,
     c: usize,
     sums: &mut [f32],
 ) {
     let (channels, s) = (conv.in_channels, conv.stride);
     for first in (0..conv.kernel[1]).step_by(TAPS) {
         let mut acc = [[0.0_f32; WIDTH]; TAPS];
-        for out in 0..conv.out_width() {
+        for out in outs.clone() {
             let valid = valid_taps(out, conv.width, conv.kernel[1], s, conv.padding);
-            let mut grad = [0.0_f32; WIDTH];
-            grad.copy_from_slice(&grad_row[out * channels + c..][..WIDTH]);
+            let grad = &grad_row[out * channels + c..][..WIDTH];
+            // SAFETY: `grad` holds `WIDTH` values.
+            let grad = unsafe { grad.as_ptr().cast::<[f32; WIDTH]>().read() };
+            let inner = valid.start <= first && valid.end >= first + TAPS;
+            if inner {
+                let from = (out * s + first - conv.padding) * channels + c;
+                let values = &line[from..from + (TAPS - 1) * channels + WIDTH];
+                for tap in 0..TAPS {
+                    // SAFETY: `values` reaches the last tap.
+                    let values = unsafe {
+                        values
+                            .as_ptr()
+                            .add(tap * channels)
+                            .cast::<[f32; WIDTH]>()
+                            .read()
+                    };
+                    for lane in 0..WIDTH {
+                        acc[tap][lane] = fma::<FUSED>(values[lane], grad[lane], acc[tap][lane]);
+                    }
+                }
+                continue;
+            }
             for tap in 0..TAPS {
                 let kx = first + tap;
                 if valid.contains(&kx) {

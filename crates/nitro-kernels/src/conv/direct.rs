@@ -31,14 +31,23 @@ pub(super) struct PackedDirect {
     chunks: usize,
 }
 
+/// Weights as they lie in memory: `data[n * n_stride + channel * channel_stride + taps[ky * kw + kx]]`; a
+/// missing tap is zero.
+pub(super) struct Weights<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) n_stride: usize,
+    pub(super) channel_stride: usize,
+    pub(super) taps: Vec<Option<usize>>,
+}
+
 impl PackedDirect {
-    /// Packs `weight(n, ky, kx, channel)`.
+    /// Packs the weights of `n` outputs.
     pub(super) fn new(
         set: &KernelSet,
         kernel: [usize; 2],
         channels: usize,
         n: usize,
-        weight: impl Fn(usize, usize, usize, usize) -> f32 + Sync,
+        weights: &Weights<'_>,
     ) -> PackedDirect {
         let depth = set.unit.depth();
         let run_units = (kernel[1] * channels).div_ceil(depth);
@@ -54,19 +63,22 @@ impl PackedDirect {
         let mut ordered = Scratch::take(n * k * 4);
         let to = SharedPtr(ordered.as_mut_ptr().cast::<f32>());
         par_for(n.div_ceil(LANES), |part| {
-            for o in part * LANES..(part * LANES + LANES).min(n) {
-                // SAFETY: each output channel owns its own `k` values of the scratch.
-                let values = unsafe {
-                    to.get().add(o * k).write_bytes(0, k);
-                    std::slice::from_raw_parts_mut(to.get().add(o * k), k)
-                };
-                for (ky, values) in values.chunks_exact_mut(row).enumerate() {
-                    for (kx, values) in values[..kernel[1] * channels]
-                        .chunks_exact_mut(channels)
-                        .enumerate()
-                    {
-                        for (i, value) in values.iter_mut().enumerate() {
-                            *value = weight(o, ky, kx, i);
+            let outputs = part * LANES..(part * LANES + LANES).min(n);
+            // SAFETY: each part owns the `k` values of its outputs.
+            let values = unsafe {
+                let start = to.get().add(outputs.start * k);
+                start.write_bytes(0, outputs.len() * k);
+                std::slice::from_raw_parts_mut(start, outputs.len() * k)
+            };
+            // Whichever of output and channel is contiguous in memory, sixteen outputs of one channel
+            // share few cache lines.
+            for channel in 0..channels {
+                for (o, values) in outputs.clone().zip(values.chunks_exact_mut(k)) {
+                    let start = o * weights.n_stride + channel * weights.channel_stride;
+                    for (tap, offset) in weights.taps.iter().enumerate() {
+                        if let Some(offset) = offset {
+                            let at = tap / kernel[1] * row + tap % kernel[1] * channels + channel;
+                            values[at] = weights.data[start + offset];
                         }
                     }
                 }
@@ -380,12 +392,16 @@ pub(super) fn backward_input(
             };
             // With no taps at all (stride beyond the kernel), one zero tap writes the zeros.
             let taps = [y.taps.max(1), x.taps.max(1)];
-            let weights = PackedDirect::new(set, taps, outputs, inputs, |i, ky, kx, o| {
-                match (y.tap(ky, s), x.tap(kx, s)) {
-                    (Some(ky), Some(kx)) => weight[((o * inputs + i) * kh + ky) * kw + kx],
-                    _ => 0.0,
-                }
-            });
+            let flipped = (0..taps[0] * taps[1])
+                .map(|j| Some(y.tap(j / taps[1], s)? * kw + x.tap(j % taps[1], s)?))
+                .collect();
+            let weights = Weights {
+                data: weight,
+                n_stride: kh * kw,
+                channel_stride: inputs * kh * kw,
+                taps: flipped,
+            };
+            let weights = PackedDirect::new(set, taps, outputs, inputs, &weights);
             direct.run(set, &weights, grad_out, grad_x, false, Epilogue::default());
         }
     }

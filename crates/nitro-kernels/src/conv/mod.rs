@@ -13,7 +13,7 @@ mod weight_grad;
 use crate::error::{KernelError, check_eq, check_len};
 use crate::gemm::{self, Epilogue, KernelSet, MatRef, PackedB};
 use crate::isa::{Isa, Precision};
-use direct::{Direct, PackedDirect};
+use direct::{Direct, PackedDirect, Weights};
 use grouped::PackedGroups;
 
 /// The sizes of a convolution. Activations are `[batch, height, width, channels]`.
@@ -218,13 +218,14 @@ impl PackedConv2d {
             kind => {
                 let mut groups = Vec::with_capacity(conv.groups);
                 for weight in weight.chunks_exact(outputs * inputs * kh * kw) {
-                    groups.push(PackedDirect::new(
-                        &set,
-                        conv.kernel,
-                        inputs,
-                        outputs,
-                        |o, y, x, i| weight[((o * inputs + i) * kh + y) * kw + x],
-                    ));
+                    let weights = Weights {
+                        data: weight,
+                        n_stride: inputs * kh * kw,
+                        channel_stride: kh * kw,
+                        taps: (0..kh * kw).map(Some).collect(),
+                    };
+                    let kernel = conv.kernel;
+                    groups.push(PackedDirect::new(&set, kernel, inputs, outputs, &weights));
                 }
                 match (kind, groups.pop()) {
                     (Kind::Dense, Some(only)) => Packed::Dense(only),

@@ -97,26 +97,35 @@ pub(super) fn run(
             unsafe { plan.add_tile(set, x, grad_out, tile, sum, tile > start) };
         }
     });
-    // From [ky][kx][i][o] to [o][i][ky][kx], summing the shares. Output channels are the outer loop:
-    // their weights are contiguous.
+    // From [ky][kx][i][o] to [o][i][ky][kx], summing the shares, sixteen output channels at a time:
+    // reads are then whole vectors, and each output channel's weights are written in order.
     let grad = SharedPtr(grad.as_mut_ptr());
-    par_for(outputs, |o| {
-        // SAFETY: each output channel owns its own weights.
-        let grad = unsafe {
-            let start = grad.get().add(o * inputs * taps);
-            std::slice::from_raw_parts_mut(start, inputs * taps)
-        };
+    par_for(outputs.div_ceil(LANES), |part| {
+        let outputs_here = part * LANES..(part * LANES + LANES).min(outputs);
         for (chunk, plan) in plans.iter().enumerate() {
             let before = plan.in_offset - group * inputs;
             for i in 0..plan.inputs {
                 for tap in 0..taps {
-                    let at = (tap * plan.inputs + i) * outputs + o;
-                    let sum: f32 = (0..shares)
+                    let at = (tap * plan.inputs + i) * outputs + outputs_here.start;
+                    let mut total = [0.0_f32; LANES];
+                    for share in 0..shares {
                         // SAFETY: the task of every chunk and share wrote its copy.
-                        .map(|s| unsafe { *sums.get().add((chunk * shares + s) * size + at) })
-                        .sum();
-                    let to = &mut grad[(before + i) * taps + tap];
-                    *to = if accumulate { *to + sum } else { sum };
+                        let sum = unsafe {
+                            let sum = sums.get().add((chunk * shares + share) * size + at);
+                            std::slice::from_raw_parts(sum, outputs_here.len())
+                        };
+                        total
+                            .iter_mut()
+                            .zip(sum)
+                            .for_each(|(total, sum)| *total += sum);
+                    }
+                    for (o, total) in outputs_here.clone().zip(total) {
+                        // SAFETY: each output channel belongs to one part.
+                        unsafe {
+                            let to = grad.get().add((o * inputs + before + i) * taps + tap);
+                            *to = if accumulate { *to + total } else { total };
+                        }
+                    }
                 }
             }
         }

@@ -176,6 +176,9 @@ pub(crate) unsafe fn transpose16(
 mod x86 {
     use std::arch::x86_64::*;
 
+    /// How many rows ahead [`interleave_rows`] fetches.
+    const PREFETCH_ROWS: usize = 16;
+
     fn bytes(value: __m512bh) -> __m512i {
         // SAFETY: both are 64 bytes of plain data.
         unsafe { std::mem::transmute::<__m512bh, __m512i>(value) }
@@ -277,8 +280,13 @@ mod x86 {
             let to = target.wrapping_add(unit * shape.unit_pitch);
             for chunk in 0..chunks {
                 let mask = mask(shape.count - chunk * 16);
-                // SAFETY: masked lanes are neither read nor written.
+                // Rows are far apart, so the hardware does not see them coming.
+                let ahead = from.wrapping_add(PREFETCH_ROWS * shape.stride + chunk * 16);
+                // SAFETY: a prefetch of any address is harmless; masked lanes are neither read nor
+                // written.
                 unsafe {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(shape.stride).cast());
                     let low = from.add(chunk * 16);
                     let high = if paired {
                         _mm512_maskz_loadu_ps(mask, low.add(shape.stride))
