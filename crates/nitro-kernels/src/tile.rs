@@ -5,36 +5,73 @@
 
 use crate::simd::{Level, Simd, simd_kernel};
 
-/// Left-hand side: element `(m, k)` is at `ptr[m * row + k * col]`; it is read one value at a time,
+/// Left-hand side: element `(m, k)` is at `data[m * row + k * col]`; it is read one value at a time,
 /// so that a transposed operand costs nothing.
 #[derive(Clone, Copy)]
-pub(crate) struct Left {
-    pub(crate) ptr: *const f32,
-    pub(crate) row: usize,
-    pub(crate) col: usize,
+pub(crate) struct Left<'a> {
+    data: &'a [f32],
+    row: usize,
+    col: usize,
 }
 
-/// Right-hand side: vector `v` of row `k` is at `ptr[k * row + v * vector]`.
-///
-/// A row-major matrix has `vector = lanes`; one packed by [`pack_transposed`] has `row = lanes`.
-#[derive(Clone, Copy)]
-pub(crate) struct Right {
-    pub(crate) ptr: *const f32,
-    pub(crate) row: usize,
-    pub(crate) vector: usize,
+impl<'a> Left<'a> {
+    /// A row-major matrix with rows of `row` values.
+    pub(crate) fn rows(data: &'a [f32], row: usize) -> Self {
+        Self { data, row, col: 1 }
+    }
+
+    /// The transpose of a row-major matrix with rows of `row` values.
+    pub(crate) fn columns(data: &'a [f32], row: usize) -> Self {
+        Self {
+            data,
+            row: 1,
+            col: row,
+        }
+    }
 }
 
-/// What the product is added to: element `(m, n)` is at `ptr[m * row + n]`; `row = 0` repeats one row.
+/// Right-hand side: vector `v` of row `k` is at `data[k * row + v * vector]`.
 #[derive(Clone, Copy)]
-pub(crate) struct Start {
-    pub(crate) ptr: *const f32,
-    pub(crate) row: usize,
+pub(crate) struct Right<'a> {
+    data: &'a [f32],
+    row: usize,
+    vector: usize,
 }
 
-/// Row-major destination.
+impl<'a> Right<'a> {
+    /// A row-major matrix with rows of `row` values.
+    pub(crate) fn rows(level: Level, data: &'a [f32], row: usize) -> Self {
+        Self {
+            data,
+            row,
+            vector: level.lanes(),
+        }
+    }
+
+    /// The result of [`pack_transposed`] of rows of `width` values.
+    pub(crate) fn packed(level: Level, data: &'a [f32], width: usize) -> Self {
+        Self {
+            data,
+            row: level.lanes(),
+            vector: width * level.lanes(),
+        }
+    }
+}
+
+/// What a product is added to.
 #[derive(Clone, Copy)]
-pub(crate) struct Out {
-    pub(crate) ptr: *mut f32,
+pub(crate) enum Start<'a> {
+    /// Nothing.
+    Zero,
+    /// The previous contents of the destination.
+    Out,
+    /// This row, in every row of the destination.
+    Row(&'a [f32]),
+}
+
+/// Row-major destination with rows of `row` values.
+pub(crate) struct Out<'a> {
+    pub(crate) data: &'a mut [f32],
     pub(crate) row: usize,
 }
 
@@ -46,45 +83,76 @@ pub(crate) struct Size {
     pub(crate) k: usize,
 }
 
+/// The operands of a product as pointers, advanced to the part at hand.
+#[derive(Clone, Copy)]
+struct Operands {
+    a: *const f32,
+    a_row: usize,
+    a_col: usize,
+    b: *const f32,
+    b_row: usize,
+    b_vector: usize,
+    start: *const f32,
+    start_row: usize,
+    out: *mut f32,
+    out_row: usize,
+}
+
+impl Operands {
+    /// The part from row `m` on.
+    fn at_row(self, m: usize) -> Self {
+        Self {
+            a: self.a.wrapping_add(m * self.a_row),
+            start: self.start.wrapping_add(m * self.start_row),
+            out: self.out.wrapping_add(m * self.out_row),
+            ..self
+        }
+    }
+
+    /// The part from vector `v` on.
+    fn at_vector(self, v: usize, lanes: usize) -> Self {
+        Self {
+            b: self.b.wrapping_add(v * self.b_vector),
+            start: self.start.wrapping_add(v * lanes),
+            out: self.out.wrapping_add(v * lanes),
+            ..self
+        }
+    }
+}
+
 /// Computes `MR` rows by `NV` vectors in registers.
 ///
 /// # Safety
-/// As [`multiply`], for this part of the matrices.
+/// Every index that the tile reaches must be readable, or writable in the destination, which must
+/// not overlap the factors.
 #[inline(always)]
-unsafe fn block<S: Simd, const MR: usize, const NV: usize>(
-    s: S,
-    k: usize,
-    a: Left,
-    b: Right,
-    start: Start,
-    out: Out,
-) {
+unsafe fn block<S: Simd, const MR: usize, const NV: usize>(s: S, k: usize, o: Operands) {
     // SAFETY: every access is within the part that the caller vouches for.
     unsafe {
         let mut acc = [[s.splat(0.0); NV]; MR];
         for (i, row) in acc.iter_mut().enumerate() {
             for (j, acc) in row.iter_mut().enumerate() {
-                *acc = s.load_ptr(start.ptr.add(i * start.row + j * S::LANES));
+                *acc = s.load_ptr(o.start.add(i * o.start_row + j * S::LANES));
             }
         }
-        let (mut pa, mut pb) = (a.ptr, b.ptr);
+        let (mut pa, mut pb) = (o.a, o.b);
         for _ in 0..k {
             let mut right = [s.splat(0.0); NV];
             for (j, right) in right.iter_mut().enumerate() {
-                *right = s.load_ptr(pb.add(j * b.vector));
+                *right = s.load_ptr(pb.add(j * o.b_vector));
             }
             for (i, row) in acc.iter_mut().enumerate() {
-                let left = s.splat(*pa.add(i * a.row));
+                let left = s.splat(*pa.add(i * o.a_row));
                 for (acc, right) in row.iter_mut().zip(right) {
                     *acc = s.fma(left, right, *acc);
                 }
             }
-            pa = pa.wrapping_add(a.col);
-            pb = pb.wrapping_add(b.row);
+            pa = pa.wrapping_add(o.a_col);
+            pb = pb.wrapping_add(o.b_row);
         }
         for (i, row) in acc.iter().enumerate() {
             for (j, acc) in row.iter().enumerate() {
-                s.store_ptr(out.ptr.add(i * out.row + j * S::LANES), *acc);
+                s.store_ptr(o.out.add(i * o.out_row + j * S::LANES), *acc);
             }
         }
     }
@@ -93,31 +161,15 @@ unsafe fn block<S: Simd, const MR: usize, const NV: usize>(
 /// All rows of `NV` vectors: blocks of `MR` rows, then powers of two for what is left.
 ///
 /// # Safety
-/// As [`multiply`], for these columns.
+/// As [`block`], for all rows.
 #[inline(always)]
-unsafe fn columns<S: Simd, const MR: usize, const NV: usize>(
-    s: S,
-    size: Size,
-    a: Left,
-    b: Right,
-    start: Start,
-    out: Out,
-) {
+unsafe fn columns<S: Simd, const MR: usize, const NV: usize>(s: S, size: Size, o: Operands) {
     let mut at = 0;
     macro_rules! rows {
         ($keyword:tt, $count:expr) => {
             $keyword $count <= size.m - at {
                 // SAFETY: rows `at..at + $count` are within `m`.
-                unsafe {
-                    block::<S, { $count }, NV>(
-                        s,
-                        size.k,
-                        Left { ptr: a.ptr.add(at * a.row), ..a },
-                        b,
-                        Start { ptr: start.ptr.add(at * start.row), ..start },
-                        Out { ptr: out.ptr.add(at * out.row), ..out },
-                    );
-                }
+                unsafe { block::<S, { $count }, NV>(s, size.k, o.at_row(at)) };
                 at += $count;
             }
         };
@@ -135,7 +187,7 @@ unsafe fn columns<S: Simd, const MR: usize, const NV: usize>(
 }
 
 simd_kernel! {
-    fn multiply_raw<S>(s, size: Size, a: Left, b: Right, start: Start, out: Out) {
+    fn multiply_raw<S>(s, size: Size, o: Operands) {
         // Widest group of columns that leaves a square-ish tile in the registers.
         let widest = if S::REGISTERS >= 32 { 4 } else { 2 };
         let mut done = 0;
@@ -143,22 +195,20 @@ simd_kernel! {
             let left = size.vectors - done;
             // Even groups: seven vectors are better done as 4 + 3 than as 4 + 2 + 1.
             let group = left.div_ceil(left.div_ceil(widest));
-            let b = Right { ptr: b.ptr.wrapping_add(done * b.vector), ..b };
-            let start = Start { ptr: start.ptr.wrapping_add(done * S::LANES), ..start };
-            let out = Out { ptr: out.ptr.wrapping_add(done * S::LANES), ..out };
-            // SAFETY: `multiply`, the only caller, has the same contract.
+            let o = o.at_vector(done, S::LANES);
+            // SAFETY: `multiply`, the only caller, checked the operands.
             unsafe {
                 if S::REGISTERS >= 32 {
                     match group {
-                        1 => columns::<S, 16, 1>(s, size, a, b, start, out),
-                        2 => columns::<S, 12, 2>(s, size, a, b, start, out),
-                        3 => columns::<S, 8, 3>(s, size, a, b, start, out),
-                        _ => columns::<S, 6, 4>(s, size, a, b, start, out),
+                        1 => columns::<S, 16, 1>(s, size, o),
+                        2 => columns::<S, 12, 2>(s, size, o),
+                        3 => columns::<S, 8, 3>(s, size, o),
+                        _ => columns::<S, 6, 4>(s, size, o),
                     }
                 } else if group == 1 {
-                    columns::<S, 8, 1>(s, size, a, b, start, out);
+                    columns::<S, 8, 1>(s, size, o);
                 } else {
-                    columns::<S, 6, 2>(s, size, a, b, start, out);
+                    columns::<S, 6, 2>(s, size, o);
                 }
             }
             done += group;
@@ -168,11 +218,52 @@ simd_kernel! {
 
 /// `out[m][n] = start[m][n] + sum over k of a[m][k] * b[k][n]`.
 ///
-/// # Safety
-/// The operands must be readable, and `out` writable, at every index that `size` reaches; `out` may
-/// coincide with `start` but must not overlap `a` or `b`.
-pub(crate) unsafe fn multiply(level: Level, size: Size, a: Left, b: Right, start: Start, out: Out) {
-    multiply_raw(level, size, a, b, start, out);
+/// # Panics
+/// If an operand is shorter than `size` reaches.
+pub(crate) fn multiply(
+    level: Level,
+    size: Size,
+    a: Left<'_>,
+    b: Right<'_>,
+    start: Start<'_>,
+    out: Out<'_>,
+) {
+    let Size { m, vectors, k } = size;
+    if m == 0 || vectors == 0 {
+        return;
+    }
+    let (lanes, columns) = (level.lanes(), vectors * level.lanes());
+    assert!(out.row >= columns && out.data.len() >= (m - 1) * out.row + columns);
+    if k > 0 {
+        assert!(a.data.len() > (m - 1) * a.row + (k - 1) * a.col);
+        assert!(b.data.len() >= (k - 1) * b.row + (vectors - 1) * b.vector + lanes);
+    }
+    if let Start::Zero = start {
+        for row in out.data.chunks_mut(out.row).take(m) {
+            row[..columns].fill(0.0);
+        }
+    }
+    let target = out.data.as_mut_ptr();
+    let (start, start_row) = match start {
+        Start::Zero | Start::Out => (target.cast_const(), out.row),
+        Start::Row(row) => {
+            assert!(row.len() >= columns);
+            (row.as_ptr(), 0)
+        }
+    };
+    let operands = Operands {
+        a: a.data.as_ptr(),
+        a_row: a.row,
+        a_col: a.col,
+        b: b.data.as_ptr(),
+        b_row: b.row,
+        b_vector: b.vector,
+        start,
+        start_row,
+        out: target,
+        out_row: out.row,
+    };
+    multiply_raw(level, size, operands);
 }
 
 simd_kernel! {
@@ -194,8 +285,8 @@ simd_kernel! {
 }
 
 /// Transposes `src` `[rows, width]` (both multiples of the lanes) into vectors of rows: element
-/// `(row, c)` goes to `dst[(row / lanes * width + c) * lanes + row % lanes]`. Read as [`Right`] it is
-/// the transposed matrix, with `row = lanes` and `vector = width * lanes`.
+/// `(row, c)` goes to `dst[(row / lanes * width + c) * lanes + row % lanes]`. As [`Right::packed`] it is
+/// the transposed matrix.
 pub(crate) fn pack_transposed(level: Level, width: usize, src: &[f32], dst: &mut [f32]) {
     let rows = src.len() / width;
     assert!(width.is_multiple_of(level.lanes()) && rows.is_multiple_of(level.lanes()));
@@ -220,32 +311,18 @@ mod tests {
                     let start = random(3, n);
                     let mut out = vec![f32::NAN; m * n];
                     let size = Size { m, vectors, k };
-                    // SAFETY: the buffers have exactly the sizes given.
-                    unsafe {
-                        multiply(
-                            level,
-                            size,
-                            // `a` is stored transposed.
-                            Left {
-                                ptr: a.as_ptr(),
-                                row: 1,
-                                col: m,
-                            },
-                            Right {
-                                ptr: b.as_ptr(),
-                                row: n,
-                                vector: lanes,
-                            },
-                            Start {
-                                ptr: start.as_ptr(),
-                                row: 0,
-                            },
-                            Out {
-                                ptr: out.as_mut_ptr(),
-                                row: n,
-                            },
-                        );
-                    }
+                    multiply(
+                        level,
+                        size,
+                        // `a` is stored transposed.
+                        Left::columns(&a, m),
+                        Right::rows(level, &b, n),
+                        Start::Row(&start),
+                        Out {
+                            data: &mut out,
+                            row: n,
+                        },
+                    );
                     let (a, b) = (to_f64(&a), to_f64(&b));
                     let expected: Vec<f64> = (0..m * n)
                         .map(|i| {

@@ -113,7 +113,8 @@ impl Backward<'_> {
         let keys = &problem.key_tokens[group];
         let (dim, lanes) = (cfg.head_dim, level.lanes());
         let padded = dim.next_multiple_of(lanes);
-        let width = keys.len().next_multiple_of(lanes);
+        // At least one (hidden) key, so that rows of scores exist even where there is nothing to see.
+        let width = keys.len().max(1).next_multiple_of(lanes);
         let block = block_rows(width, 2).min(queries.len());
 
         let (per_key, per_query) = (width * padded, block * padded);
@@ -216,54 +217,28 @@ impl Backward<'_> {
                     vectors: seen / lanes,
                     k: dim,
                 };
-                // SAFETY: the operands are pieces of the workspace of these very sizes: m <= block
-                // rows, `seen` <= width columns, dim <= padded terms.
-                unsafe {
-                    multiply(
-                        level,
-                        by_key,
-                        Left {
-                            ptr: query.as_ptr(),
-                            row: padded,
-                            col: 1,
-                        },
-                        Right {
-                            ptr: packed_keys.as_ptr(),
-                            row: lanes,
-                            vector: padded * lanes,
-                        },
-                        Start {
-                            ptr: bias.as_ptr(),
-                            row: 0,
-                        },
-                        Out {
-                            ptr: scores.as_mut_ptr(),
-                            row: seen,
-                        },
-                    );
-                    multiply(
-                        level,
-                        by_key,
-                        Left {
-                            ptr: doutput.as_ptr(),
-                            row: padded,
-                            col: 1,
-                        },
-                        Right {
-                            ptr: packed_values.as_ptr(),
-                            row: lanes,
-                            vector: padded * lanes,
-                        },
-                        Start {
-                            ptr: zeros.as_ptr(),
-                            row: 0,
-                        },
-                        Out {
-                            ptr: dscores.as_mut_ptr(),
-                            row: seen,
-                        },
-                    );
-                }
+                multiply(
+                    level,
+                    by_key,
+                    Left::rows(query, padded),
+                    Right::packed(level, packed_keys, padded),
+                    Start::Row(bias),
+                    Out {
+                        data: &mut *scores,
+                        row: seen,
+                    },
+                );
+                multiply(
+                    level,
+                    by_key,
+                    Left::rows(doutput, padded),
+                    Right::packed(level, packed_values, padded),
+                    Start::Row(&zeros),
+                    Out {
+                        data: &mut *dscores,
+                        row: seen,
+                    },
+                );
                 let (p, ds) = (&mut scores[..m * seen], &mut dscores[..m * seen]);
                 if let Some(next) = next.filter(|_| i == 0) {
                     self.prefetch_inputs(next, first..first + m);
@@ -276,66 +251,39 @@ impl Backward<'_> {
                     k: m,
                 };
                 let accumulate = |left: &[f32], right: &[f32], out: &mut [f32]| {
-                    // SAFETY: `left` has m rows of `seen`, `right` m rows of `padded`, and `out`
-                    // at least `real` rows of `padded`.
-                    unsafe {
-                        multiply(
-                            level,
-                            by_value,
-                            Left {
-                                ptr: left.as_ptr(),
-                                row: 1,
-                                col: seen,
-                            },
-                            Right {
-                                ptr: right.as_ptr(),
-                                row: padded,
-                                vector: lanes,
-                            },
-                            Start {
-                                ptr: out.as_ptr(),
-                                row: padded,
-                            },
-                            Out {
-                                ptr: out.as_mut_ptr(),
-                                row: padded,
-                            },
-                        );
-                    }
+                    multiply(
+                        level,
+                        by_value,
+                        Left::columns(left, seen),
+                        Right::rows(level, right, padded),
+                        Start::Out,
+                        Out {
+                            data: out,
+                            row: padded,
+                        },
+                    );
                 };
                 accumulate(p, doutput, dvalue);
                 accumulate(ds, query, dkey);
                 // dQ = dS K; the outputs are used up, their scratch takes it.
                 let dquery = &mut *output;
-                dquery[..m * padded].fill(0.0);
-                // SAFETY: as above; the terms are the real keys that are seen.
+                // The terms are the real keys that are seen.
+                multiply(
+                    level,
+                    Size {
+                        m,
+                        vectors: padded / lanes,
+                        k: real,
+                    },
+                    Left::rows(ds, seen),
+                    Right::rows(level, key, padded),
+                    Start::Zero,
+                    Out {
+                        data: &mut *dquery,
+                        row: padded,
+                    },
+                );
                 unsafe {
-                    multiply(
-                        level,
-                        Size {
-                            m,
-                            vectors: padded / lanes,
-                            k: real,
-                        },
-                        Left {
-                            ptr: ds.as_ptr(),
-                            row: seen,
-                            col: 1,
-                        },
-                        Right {
-                            ptr: key.as_ptr(),
-                            row: padded,
-                            vector: lanes,
-                        },
-                        Start {
-                            ptr: dquery.as_ptr(),
-                            row: padded,
-                        },
-                        Out {
-                            ptr: dquery.as_mut_ptr(),
-                            row: padded,
-                        },
-                    );
                     // SAFETY: the rows lie in the gradients, whose lengths were checked; units have
                     // disjoint rows.
                     scatter(level, &self.dq, &q_rows, dim, &[cfg.scale], dquery, padded);

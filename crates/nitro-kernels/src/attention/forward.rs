@@ -65,7 +65,8 @@ impl Forward<'_> {
         let (dim, lanes) = (cfg.head_dim, level.lanes());
         // Rows are padded to whole vectors.
         let padded = dim.next_multiple_of(lanes);
-        let width = keys.len().next_multiple_of(lanes);
+        // At least one (hidden) key, so that rows of scores exist even where there is nothing to see.
+        let width = keys.len().max(1).next_multiple_of(lanes);
         let block = block_rows(width, 1).min(queries.len());
 
         let sizes = [
@@ -122,36 +123,21 @@ impl Forward<'_> {
                 } else {
                     (width, usize::MAX)
                 };
-                // SAFETY: the operands are pieces of the workspace of these very sizes: m <= block
-                // rows, `seen` <= width columns, dim <= padded terms.
-                unsafe {
-                    multiply(
-                        level,
-                        Size {
-                            m,
-                            vectors: seen / lanes,
-                            k: dim,
-                        },
-                        Left {
-                            ptr: query.as_ptr(),
-                            row: padded,
-                            col: 1,
-                        },
-                        Right {
-                            ptr: packed_keys.as_ptr(),
-                            row: lanes,
-                            vector: padded * lanes,
-                        },
-                        Start {
-                            ptr: bias.as_ptr(),
-                            row: 0,
-                        },
-                        Out {
-                            ptr: scores.as_mut_ptr(),
-                            row: seen,
-                        },
-                    );
-                }
+                multiply(
+                    level,
+                    Size {
+                        m,
+                        vectors: seen / lanes,
+                        k: dim,
+                    },
+                    Left::rows(query, padded),
+                    Right::packed(level, packed_keys, padded),
+                    Start::Row(bias),
+                    Out {
+                        data: &mut *scores,
+                        row: seen,
+                    },
+                );
                 if let Some(next) = next.filter(|_| i == 0) {
                     self.prefetch_inputs(next, first..first + m);
                 }
@@ -159,36 +145,22 @@ impl Forward<'_> {
                 rows::softmax_rows(level, scores, seen, first_limit, max, sum);
                 // The queries are used up; their scratch takes the output.
                 let output = &mut *query;
-                output[..m * padded].fill(0.0);
-                // SAFETY: as above; the terms are the real keys that are seen.
-                unsafe {
-                    multiply(
-                        level,
-                        Size {
-                            m,
-                            vectors: padded / lanes,
-                            k: seen.min(keys.len()),
-                        },
-                        Left {
-                            ptr: scores.as_ptr(),
-                            row: seen,
-                            col: 1,
-                        },
-                        Right {
-                            ptr: values.as_ptr(),
-                            row: padded,
-                            vector: lanes,
-                        },
-                        Start {
-                            ptr: output.as_ptr(),
-                            row: padded,
-                        },
-                        Out {
-                            ptr: output.as_mut_ptr(),
-                            row: padded,
-                        },
-                    );
-                }
+                // The terms are the real keys that are seen.
+                multiply(
+                    level,
+                    Size {
+                        m,
+                        vectors: padded / lanes,
+                        k: seen.min(keys.len()),
+                    },
+                    Left::rows(scores, seen),
+                    Right::rows(level, values, padded),
+                    Start::Zero,
+                    Out {
+                        data: &mut *output,
+                        row: padded,
+                    },
+                );
                 let lse_row = problem.lse_row(sample, head);
                 for (i, &t) in tokens.iter().enumerate() {
                     // SAFETY: within `lse`, whose length was checked; units write disjoint entries.

@@ -260,37 +260,21 @@ impl Unit {
     /// `extended` values.
     fn add_outer(&self, rows: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
         let (padded, extended) = (self.padded, self.extended);
-        assert!(a.len() >= rows * padded && b.len() >= rows * extended);
-        assert!(out.len() >= self.dim * extended);
-        // SAFETY: the lengths were checked.
-        unsafe {
-            multiply(
-                self.level,
-                Size {
-                    m: self.dim,
-                    vectors: extended / self.level.lanes(),
-                    k: rows,
-                },
-                Left {
-                    ptr: a.as_ptr(),
-                    row: 1,
-                    col: padded,
-                },
-                Right {
-                    ptr: b.as_ptr(),
-                    row: extended,
-                    vector: self.level.lanes(),
-                },
-                Start {
-                    ptr: out.as_ptr(),
-                    row: extended,
-                },
-                Out {
-                    ptr: out.as_mut_ptr(),
-                    row: extended,
-                },
-            );
-        }
+        multiply(
+            self.level,
+            Size {
+                m: self.dim,
+                vectors: extended / self.level.lanes(),
+                k: rows,
+            },
+            Left::columns(a, padded),
+            Right::rows(self.level, b, extended),
+            Start::Out,
+            Out {
+                data: out,
+                row: extended,
+            },
+        );
     }
 
     /// `out = a b` where `a` is `[rows, terms]` in rows of `a_row`, and `b` and `out` have rows of
@@ -304,39 +288,21 @@ impl Unit {
         out: &mut [f32],
         width: usize,
     ) {
-        assert!(terms <= a_row && a.len() >= rows * a_row);
-        assert!(b.len() >= terms * width && out.len() >= rows * width);
-        let out = &mut out[..rows * width];
-        out.fill(0.0);
-        // SAFETY: the lengths were checked.
-        unsafe {
-            multiply(
-                self.level,
-                Size {
-                    m: rows,
-                    vectors: width / self.level.lanes(),
-                    k: terms,
-                },
-                Left {
-                    ptr: a.as_ptr(),
-                    row: a_row,
-                    col: 1,
-                },
-                Right {
-                    ptr: b.as_ptr(),
-                    row: width,
-                    vector: self.level.lanes(),
-                },
-                Start {
-                    ptr: out.as_ptr(),
-                    row: width,
-                },
-                Out {
-                    ptr: out.as_mut_ptr(),
-                    row: width,
-                },
-            );
-        }
+        multiply(
+            self.level,
+            Size {
+                m: rows,
+                vectors: width / self.level.lanes(),
+                k: terms,
+            },
+            Left::rows(a, a_row),
+            Right::rows(self.level, b, width),
+            Start::Zero,
+            Out {
+                data: out,
+                row: width,
+            },
+        );
     }
 
     /// `state[c] = sum over tokens of relu(k[c]) * [v; 1]`, `dim` rows of `extended` values.

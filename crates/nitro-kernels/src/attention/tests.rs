@@ -292,6 +292,25 @@ fn segments_may_lack_queries_or_keys() {
 }
 
 #[test]
+fn no_keys_or_no_tokens_at_all_are_no_special_case() {
+    let mut case = Case::new(AttentionConfig::joint(1, 2, 5), &[4]);
+    case.has_k = vec![false];
+    check(&case, true);
+    check(&Case::new(AttentionConfig::joint(2, 2, 5), &[0, 3]), true);
+    check(&Case::new(AttentionConfig::joint(2, 2, 5), &[0]), true);
+    check(
+        &Case::new(
+            AttentionConfig {
+                causal: true,
+                ..AttentionConfig::joint(1, 1, 5)
+            },
+            &[0],
+        ),
+        true,
+    );
+}
+
+#[test]
 fn large_scores_do_not_overflow() {
     let mut cfg = AttentionConfig::joint(1, 1, 8);
     cfg.scale = 40.0;

@@ -57,6 +57,13 @@ fn check_optional(
 
 impl LayerNormParams<'_> {
     fn check(&self, shape: LayerNormShape) -> Result<(), KernelError> {
+        if shape.channels == 0 {
+            return Err(KernelError::Unsupported {
+                what: "norm channels",
+                value: 0,
+                help: "give the length of the normalised dimension",
+            });
+        }
         let modulation = shape.batch * shape.channels;
         check_optional("layer norm weight length", shape.channels, self.weight)?;
         check_optional("layer norm bias length", shape.channels, self.bias)?;

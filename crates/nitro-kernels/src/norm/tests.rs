@@ -201,6 +201,16 @@ fn a_wrong_length_is_an_error_that_names_both_lengths() {
 }
 
 #[test]
+fn rows_of_no_channels_are_an_error_and_no_rows_are_none() {
+    let (mut rstd, mut y) = ([0.0; 3], [0.0; 0]);
+    assert!(rms_norm_forward(0, &[], None, None, 1e-6, &mut y, &mut rstd).is_err());
+    rms_norm_forward(8, &[], None, None, 1e-6, &mut y, &mut []).unwrap();
+    let mut dweight = [f32::NAN; 8];
+    rms_norm_backward(8, &[], &[], None, &[], &mut y, Some(&mut dweight), None).unwrap();
+    assert_eq!(dweight, [0.0; 8]);
+}
+
+#[test]
 fn nan_reaches_the_output() {
     for level in Level::available() {
         let mut x = random(1, 40);
