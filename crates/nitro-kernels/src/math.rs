@@ -88,3 +88,69 @@ pub(crate) fn map2<S: Simd>(
         s.store_part(&mut y[full..], v);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Level, simd_kernel};
+
+    simd_kernel! {
+        fn exp_rows<S>(s, x: &[f32], y: &mut [f32]) {
+            map1(s, x, y, #[inline(always)] |x| exp(s, x));
+        }
+    }
+    simd_kernel! {
+        fn exp2_rows<S>(s, x: &[f32], y: &mut [f32]) {
+            map1(s, x, y, #[inline(always)] |x| exp2(s, x));
+        }
+    }
+
+    #[test]
+    fn exponentials_are_within_two_units_in_the_last_place() {
+        let x: Vec<f32> = (-8700..8800).map(|i| i as f32 * 0.01 + 0.003).collect();
+        let mut y = vec![0.0; x.len()];
+        let cases = [
+            (
+                exp_rows as fn(Level, &[f32], &mut [f32]),
+                f64::exp as fn(f64) -> f64,
+            ),
+            (exp2_rows, f64::exp2),
+        ];
+        for level in Level::available() {
+            for (rows, exact) in cases {
+                rows(level, &x, &mut y);
+                for (&x, &y) in x.iter().zip(&y) {
+                    let exact = exact(f64::from(x));
+                    let error = (f64::from(y) / exact - 1.0).abs();
+                    assert!(error < 2.4e-7, "{level:?} {x}: {y} {exact}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_ends_of_the_range_behave_as_in_ieee_arithmetic() {
+        let x = [
+            f32::NEG_INFINITY,
+            -1e30,
+            -200.0,
+            0.0,
+            200.0,
+            1e30,
+            f32::INFINITY,
+            f32::NAN,
+        ];
+        for level in Level::available() {
+            for rows in [exp_rows, exp2_rows] {
+                let mut y = [7.0; 8];
+                rows(level, &x, &mut y);
+                assert_eq!(y[..4], [0.0, 0.0, 0.0, 1.0], "{level:?}");
+                assert!(
+                    y[4..7].iter().all(|&y| y == f32::INFINITY),
+                    "{level:?} {y:?}"
+                );
+                assert!(y[7].is_nan(), "{level:?}");
+            }
+        }
+    }
+}
