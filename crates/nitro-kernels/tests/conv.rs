@@ -211,6 +211,8 @@ fn the_convolutions_of_the_models_agree_with_f64() {
         conv((2, 9, 14), (48, 48, 48), 3, 1),
         conv((1, 9, 14), (40, 40, 40), 5, 1),
         conv((1, 9, 14), (19, 19, 19), 3, 2),
+        // More channels and rows than one task takes.
+        conv((1, 20, 9), (150, 150, 150), 3, 1),
         // Groups.
         conv((2, 6, 7), (24, 24, 3), 1, 1),
         conv((2, 6, 7), (24, 36, 6), 1, 1),
@@ -311,6 +313,17 @@ fn wrong_sizes_are_refused_with_a_reason() {
             .unwrap_err()
             .contains("padding")
     );
+    let none = Conv2d {
+        in_channels: 0,
+        groups: 1,
+        ..good
+    };
+    assert!(run(none, 0, 0, 64).unwrap_err().contains("channels"));
+    let huge = Conv2d {
+        height: usize::MAX / 2,
+        ..good
+    };
+    assert!(run(huge, 64, 72, 64).is_err());
     let small = Conv2d {
         height: 1,
         padding: 0,

@@ -52,17 +52,23 @@ impl Conv2d {
 
     /// Elements of the input.
     pub fn input_len(&self) -> usize {
-        self.batch * self.height * self.width * self.in_channels
+        product(&[self.batch, self.height, self.width, self.in_channels])
     }
 
     /// Elements of the output.
     pub fn output_len(&self) -> usize {
-        self.batch * self.out_height() * self.out_width() * self.out_channels
+        product(&[
+            self.batch,
+            self.out_height(),
+            self.out_width(),
+            self.out_channels,
+        ])
     }
 
     /// Elements of the weight.
     pub fn weight_len(&self) -> usize {
-        self.out_channels * self.in_channels / self.groups.max(1) * self.kernel[0] * self.kernel[1]
+        let inputs = self.in_channels / self.groups.max(1);
+        product(&[self.out_channels, inputs, self.kernel[0], self.kernel[1]])
     }
 
     /// Floating-point operations of one pass (two per multiply-add).
@@ -86,6 +92,9 @@ impl Conv2d {
                 "it must divide the output channels",
             );
         }
+        if self.in_channels == 0 || self.out_channels == 0 {
+            return unsupported("conv2d channels", 0, "use 1 or more");
+        }
         if self.stride == 0 {
             return unsupported("conv2d stride", 0, "use 1 or more");
         }
@@ -97,7 +106,7 @@ impl Conv2d {
                 let help = "padding must be smaller than the kernel";
                 return unsupported("conv2d padding", self.padding, help);
             }
-            if size + 2 * self.padding < kernel {
+            if size.saturating_add(self.padding.saturating_mul(2)) < kernel {
                 return unsupported("conv2d input size", size, "the kernel does not fit into it");
             }
         }
@@ -131,8 +140,15 @@ impl Conv2d {
     }
 }
 
+/// Saturating, so that absurd sizes fail the comparison with a slice's length.
+fn product(sizes: &[usize]) -> usize {
+    sizes
+        .iter()
+        .fold(1, |product, &size| product.saturating_mul(size))
+}
+
 fn extent(size: usize, kernel: usize, stride: usize, padding: usize) -> usize {
-    (size + 2 * padding)
+    size.saturating_add(padding.saturating_mul(2))
         .checked_sub(kernel)
         .map_or(0, |free| free / stride.max(1) + 1)
 }

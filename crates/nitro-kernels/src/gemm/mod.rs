@@ -17,11 +17,13 @@ mod kernel_portable;
 mod kernel_x86;
 mod matrix;
 mod pack;
+mod prepacked;
 mod sums;
 
-pub use driver::{PackedB, gemm, gemm_packed, gemm_with_isa};
+pub use driver::{gemm, gemm_with_isa};
 pub use epilogue::{Activation, Epilogue};
 pub use matrix::MatRef;
+pub use prepacked::{PackedB, gemm_packed};
 pub use sums::column_sum;
 
 pub(crate) use convert::{Interleave, convert_run, interleave, interleave_rows};
