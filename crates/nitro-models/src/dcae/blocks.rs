@@ -20,8 +20,8 @@ const GLU_RATIO: usize = 4;
 /// One entry of a stage's `Sequential`.
 #[derive(Clone, Debug)]
 pub(super) enum Block {
-    Res(ResBlock),
-    EfficientViT(EfficientViTBlock),
+    Res(Box<ResBlock>),
+    EfficientViT(Box<EfficientViTBlock>),
     Down(DownBlock),
     Up(UpBlock),
 }
@@ -30,9 +30,9 @@ impl Block {
     /// A block of `stage`'s kind.
     pub(super) fn new(p: &Params<'_>, stage: &Stage, head_dim: usize) -> Result<Self, WeightError> {
         Ok(match stage.block {
-            BlockType::ResBlock => Self::Res(ResBlock::new(p, stage)?),
+            BlockType::ResBlock => Self::Res(Box::new(ResBlock::new(p, stage)?)),
             BlockType::EfficientViTBlock => {
-                Self::EfficientViT(EfficientViTBlock::new(p, stage, head_dim)?)
+                Self::EfficientViT(Box::new(EfficientViTBlock::new(p, stage, head_dim)?))
             }
         })
     }
@@ -234,7 +234,9 @@ impl DownBlock {
                 stride: 2,
                 ..ConvSpec::new(inputs, outputs, 3)
             },
-            Downsample::PixelUnshuffle if outputs % 4 == 0 => ConvSpec::new(inputs, outputs / 4, 3),
+            Downsample::PixelUnshuffle if outputs.is_multiple_of(4) => {
+                ConvSpec::new(inputs, outputs / 4, 3)
+            }
             Downsample::PixelUnshuffle => {
                 return Err(WeightError::Config {
                     origin: p.name("conv"),

@@ -70,7 +70,8 @@ pub enum RopeScaling {
 }
 
 impl LlamaConfig {
-    /// The language model of the miniature, for a vocabulary of `vocab_size` tokens.
+    /// The language model of the miniature, for a vocabulary of `vocab_size` tokens: 0.79M
+    /// parameters besides the embeddings.
     pub fn miniature(vocab_size: usize) -> Self {
         Self {
             vocab_size,
@@ -142,11 +143,11 @@ impl LlamaConfig {
                 "hidden_act is {:?}; Llama's MLPs use \"silu\"",
                 self.hidden_act
             )
-        } else if kv_heads == 0 || heads % kv_heads != 0 {
+        } else if heads == 0 || !heads.is_multiple_of(kv_heads) {
             format!("{heads} attention heads cannot share {kv_heads} key-value heads evenly")
         } else if head_dim == 0 || head_dim % 2 != 0 {
             format!("a head of {head_dim} channels cannot be rotated; an even number is needed")
-        } else if self.head_dim.is_none() && self.hidden_size % heads != 0 {
+        } else if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(heads) {
             format!(
                 "hidden_size {} is no multiple of {heads} heads",
                 self.hidden_size
