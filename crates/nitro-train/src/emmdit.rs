@@ -92,7 +92,7 @@ impl<'a> EmmditTraining<'a> {
         let dcae: DcaeConfig = read_config(&dir.join("config.json"))?;
         let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
         let decoder =
-            Decoder::new(&dcae, &Params::new(&files, &device, precision).sub("decoder"))?;
+            Decoder::new(&dcae, &Params::new(&files, &device, precision))?;
         let mut this = Self {
             common,
             task,

@@ -39,7 +39,7 @@ pub fn precompute(
     let config = read_config::<DcaeConfig>(&dir.join("config.json"))?;
     let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
     let encoder =
-        Encoder::new(&config, &Params::new(&files, &Device::flex(), precision).sub("encoder"))?;
+        Encoder::new(&config, &Params::new(&files, &Device::flex(), precision))?;
     std::fs::create_dir_all(out)
         .map_err(|source| TrainError::Io { path: out.to_owned(), source })?;
     bar.set_length((shards * SHARD) as u64);

@@ -173,8 +173,11 @@ fn check_resumable(
         .map_err(|e| resume(format!("its configuration cannot be read ({e})")))?;
     let essence = |config: &RunConfig| {
         let run = &config.run;
+        let mut task = json!(config.task);
+        // Part of the schedule, like `max_steps`.
+        task.as_object_mut().map(|task| task.remove("full_size_steps"));
         json!({
-            "task": config.task, "seed": run.seed, "batch_size": run.batch_size,
+            "task": task, "seed": run.seed, "batch_size": run.batch_size,
             "optimizer": run.optimizer, "warmup_steps": run.warmup_steps,
             "gradient_clip": run.gradient_clip, "ema_rate": run.ema_rate,
             "precision": run.precision,
