@@ -1,0 +1,65 @@
+//! From errors to one line on standard error and an exit code.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use nitro::PipelineError;
+use nitro_train::TrainError;
+
+/// The model, the disk or the network failed.
+const FAILED: u8 = 1;
+/// What was asked cannot be done; clap uses the same code for arguments it cannot read.
+const BAD_INPUT: u8 = 2;
+/// Stopped with Ctrl-C, as shells report it (128 + SIGINT).
+pub(super) const INTERRUPTED: u8 = 130;
+
+/// The user asked for something that cannot be done.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct BadInput(pub(super) String);
+
+/// A [`BadInput`] error with this message.
+pub(super) fn bad_input(message: impl Into<String>) -> anyhow::Error {
+    BadInput(message.into()).into()
+}
+
+/// Prints `error` as one line and chooses the exit code.
+pub(super) fn report(error: &anyhow::Error) -> ExitCode {
+    let code = error.chain().find_map(|cause| {
+        if cause.is::<BadInput>() {
+            return Some(BAD_INPUT);
+        }
+        match cause.downcast_ref::<TrainError>() {
+            Some(TrainError::Interrupted { .. }) => return Some(INTERRUPTED),
+            Some(TrainError::Config { .. } | TrainError::Resume { .. }) => return Some(BAD_INPUT),
+            _ => {}
+        }
+        match cause.downcast_ref::<PipelineError>()? {
+            PipelineError::Cancelled { .. } => Some(INTERRUPTED),
+            e if e.is_bad_request() => Some(BAD_INPUT),
+            _ => None,
+        }
+    });
+    // Where standard error is closed there is nobody to tell; the code still says it.
+    let _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
+    ExitCode::from(code.unwrap_or(FAILED))
+}
+
+/// Prints a line on standard output; a reader that went away is no failure.
+pub(super) fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// The messages of the whole chain of causes. Many of our messages already quote their cause.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let message = cause.to_string();
+        if line.is_empty() {
+            line = message;
+        } else if !line.contains(&message) {
+            line = format!("{line}: {message}");
+        }
+    }
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,83 @@
+//! The command line: one module per command.
+
+mod eval;
+mod failure;
+mod generate;
+mod info;
+mod interrupt;
+mod model_args;
+mod outputs;
+mod progress;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Generate, evaluate and inspect images and models of Nitro-E.
+#[derive(Parser)]
+#[command(
+    name = "nitro",
+    version,
+    about,
+    max_term_width = 100,
+    after_help = "Exit codes: 0 done; 1 failed (model, disk, network); 2 the request cannot be \
+                  carried out as given; 130 stopped with Ctrl-C.\n\
+                  Environment: NITRO_MODEL, HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, \
+                  HF_HUB_OFFLINE."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make pictures from text
+    Generate(Box<generate::GenerateArgs>),
+    /// Score a model on a benchmark
+    Eval(EvalCommand),
+    /// Train models
+    #[command(subcommand)]
+    Train(train::TrainCommand),
+    /// Look into models
+    Model(ModelCommand),
+}
+
+#[derive(Args)]
+struct EvalCommand {
+    #[command(subcommand)]
+    command: Eval,
+}
+
+#[derive(Subcommand)]
+enum Eval {
+    /// The shapes bench: 240 prompts in GenEval's six tasks, four pictures each, judged exactly
+    Shapes(Box<eval::ShapesArgs>),
+}
+
+#[derive(Args)]
+struct ModelCommand {
+    #[command(subcommand)]
+    command: Model,
+}
+
+#[derive(Subcommand)]
+enum Model {
+    /// Show what a model is made of: parameters, tokens per block group, cost of a forward pass
+    Info(info::InfoArgs),
+}
+
+/// Runs the command that the arguments name.
+pub(crate) fn run() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Eval(EvalCommand { command: Eval::Shapes(args) }) => eval::run(&args),
+        Command::Train(command) => train::run(&command),
+        Command::Model(ModelCommand { command: Model::Info(args) }) => info::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failure::report(&error),
+    }
+}

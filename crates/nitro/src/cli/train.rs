@@ -1,0 +1,125 @@
+//! `nitro train`: runs from YAML files, and the miniature from nothing.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use nitro_train::config::RunConfig;
+use nitro_train::miniature::{self, LatentsPlan, Miniature};
+use nitro_train::trainer::RunOptions;
+
+use super::interrupt;
+
+/// What to train.
+#[derive(Subcommand)]
+pub(super) enum TrainCommand {
+    /// One run described by a YAML file; run again, it goes on from its newest checkpoint
+    Run(RunArgs),
+    /// Cache the training pairs of an E-MMDiT run: latents of rendered pictures, with captions
+    Latents(LatentsArgs),
+    /// The whole miniature from nothing: autoencoder, text encoder, cached latents, E-MMDiT
+    Miniature(MiniatureArgs),
+}
+
+/// Arguments of `nitro train run`.
+#[derive(Args)]
+pub(super) struct RunArgs {
+    /// The run's configuration
+    #[arg(value_name = "CONFIG.yaml")]
+    config: PathBuf,
+    /// Overrides of the configuration, such as run.optimizer.lr=3e-4
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Folder for checkpoints, samples and metrics.jsonl
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Model folder that the trained part is written into at the end
+    #[arg(long, value_name = "DIR")]
+    export: PathBuf,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// Arguments of `nitro train latents`.
+#[derive(Args)]
+pub(super) struct LatentsArgs {
+    /// Model folder with the trained autoencoder in dc-ae/
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Folder for the shards
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// Arguments of `nitro train miniature`.
+#[derive(Args)]
+pub(super) struct MiniatureArgs {
+    /// Folder with the three miniature-*.yaml files
+    #[arg(long, default_value = "configs", value_name = "DIR")]
+    configs: PathBuf,
+    /// Folder for the runs' checkpoints, samples and metrics
+    #[arg(long, default_value = "runs/miniature", value_name = "DIR")]
+    runs: PathBuf,
+    /// Model folder to write; parts that are there already are not trained again
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Args)]
+struct PlanArgs {
+    /// Shards of 2048 training pairs
+    #[arg(long, default_value_t = 24, value_name = "N")]
+    shards: usize,
+    /// Side of the rendered pictures
+    #[arg(long, default_value_t = 128, value_name = "PIXELS")]
+    image_size: usize,
+    /// Seed of the pairs
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    latents_seed: u64,
+}
+
+impl PlanArgs {
+    fn plan(&self) -> LatentsPlan {
+        LatentsPlan { shards: self.shards, image_size: self.image_size, seed: self.latents_seed }
+    }
+}
+
+#[derive(Args)]
+struct CommonArgs {
+    /// No progress bar
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl CommonArgs {
+    fn options(&self) -> RunOptions {
+        RunOptions { quiet: self.quiet, stop: Some(interrupt::flag()) }
+    }
+}
+
+/// Runs the command.
+pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
+    interrupt::install();
+    interrupt::watched(|| match command {
+        TrainCommand::Run(args) => {
+            let config = RunConfig::load(&args.config, &args.overrides)?;
+            Ok(miniature::run(&config, &args.dir, &args.export, &args.common.options())?)
+        }
+        TrainCommand::Latents(args) => {
+            let precision = nitro_ops::Precision::Bf16;
+            let (model, plan, options) = (&args.model, args.plan.plan(), args.common.options());
+            Ok(miniature::cache_latents(model, &args.out, plan, precision, &options)?)
+        }
+        TrainCommand::Miniature(args) => {
+            let miniature = Miniature::load(&args.configs, args.plan.plan())?;
+            Ok(miniature.train(&args.runs, &args.out, &args.common.options())?)
+        }
+    })
+}
