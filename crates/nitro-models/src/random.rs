@@ -83,7 +83,7 @@ mod tests {
         let tensor = RandomInit::new(seed)
             .parameter(&spec, &Device::flex())
             .unwrap();
-        tensor.into_data().into_vec().unwrap()
+        tensor.into_data().try_into_vec().unwrap()
     }
 
     #[test]

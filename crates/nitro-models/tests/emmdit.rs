@@ -117,7 +117,7 @@ fn a_checkpoint_tells_its_configuration() {
         let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = map
             .iter()
             .map(|(spec, tensor)| {
-                let values = tensor.clone().into_data().into_vec().unwrap();
+                let values = tensor.clone().into_data().try_into_vec().unwrap();
                 (spec.name.clone(), spec.shape.clone(), values)
             })
             .collect();

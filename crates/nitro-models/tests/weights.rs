@@ -36,7 +36,7 @@ fn values(source: &dyn ParameterSource, name: &str, shape: &[usize]) -> Vec<f32>
     let tensor = source
         .parameter(&spec(name, shape), &Device::flex())
         .unwrap();
-    tensor.into_data().into_vec().unwrap()
+    tensor.into_data().try_into_vec().unwrap()
 }
 
 #[test]

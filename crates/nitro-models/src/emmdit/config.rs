@@ -140,9 +140,18 @@ impl EmmditConfig {
             projector_dim: first[1],
             z_dims: projectors.iter().map(|shape| shape[0]).collect(),
         });
-        let affine = weights
-            .shape("block_groups.0.0.scale_shift_scale")
-            .is_some();
+        // By any of a part's tensors: one that is missing is then missed by name, and does not make
+        // the rest of its part unexpected.
+        let any = |part: &str| weights.names().any(|name| name.contains(part));
+        let blocks = |group: usize| {
+            let prefix = format!("block_groups.{group}.");
+            let index = |name: &str| name.strip_prefix(&prefix)?.split('.').next()?.parse().ok();
+            let last: Option<usize> = weights.names().filter_map(index).max();
+            // No more blocks than tensors: a stray number must not make a model of it.
+            last.map_or(0, |last| last.saturating_add(1))
+                .min(weights.names().count())
+        };
+        let affine = any(".scale_shift_scale");
         let config = Self {
             patch_size,
             in_channels,
@@ -152,11 +161,8 @@ impl EmmditConfig {
             ff_mult: hidden / width.max(1),
             caption_channels: shape("context_embedder.weight", 2)?[1],
             pos_embed_max_size: table.isqrt(),
-            block_groups: [0, 1, 2]
-                .map(|group| count(&format!("block_groups.{group}"), "attn.to_q.weight")),
-            token_compression: weights
-                .shape("tokencompressor.0.0.body2x.1.weight")
-                .is_some(),
+            block_groups: [0, 1, 2].map(blocks),
+            token_compression: any("tokencompressor."),
             adaln: if affine { Adaln::Affine } else { Adaln::Single },
             repa,
             ..variant.clone()
@@ -211,12 +217,7 @@ impl EmmditConfig {
     }
 
     /// Whether latents of `height x width` and `text` tokens suit the model; the reason if not.
-    pub fn check_input(
-        &self,
-        height: usize,
-        width: usize,
-        text: usize,
-    ) -> Result<(), String> {
+    pub fn check_input(&self, height: usize, width: usize, text: usize) -> Result<(), String> {
         let unit = self.patch_size * if self.token_compression { 4 } else { 1 };
         if height == 0 || width == 0 || !height.is_multiple_of(unit) || !width.is_multiple_of(unit)
         {

@@ -182,7 +182,7 @@ pub(crate) fn train(case: &Case, report: &mut Report) -> Result<()> {
 }
 
 /// `zs` for the only projector, `zs.1` for the second of several.
-fn target_name(tensors: &Tensors, name: &str, index: usize) -> String {
+pub(crate) fn target_name(tensors: &Tensors, name: &str, index: usize) -> String {
     if index == 0 && tensors.has(name) {
         name.to_owned()
     } else {
@@ -193,7 +193,7 @@ fn target_name(tensors: &Tensors, name: &str, index: usize) -> String {
 /// The official losses: the velocity's mean squared error, and minus the mean cosine between
 /// projections and targets. (Of several projectors the official sum keeps only the last one's term
 /// and divides it by their number.)
-fn losses(
+pub(crate) fn losses(
     output: EmmditOutput,
     velocity: Tensor<4>,
     targets: &[Tensor<3>],

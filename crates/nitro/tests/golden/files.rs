@@ -238,6 +238,6 @@ impl Tensors {
 pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     tensor
         .into_data()
-        .into_vec::<f32>()
+        .try_into_vec::<f32>()
         .map_err(|error| anyhow!("{error:?}"))
 }

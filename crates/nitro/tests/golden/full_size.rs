@@ -11,6 +11,12 @@ use nitro_ops::Precision;
 use crate::compare::Report;
 use crate::emmdit::Official;
 use crate::files::{Case, values};
+use crate::{dcae, llama};
+
+/// Whether a case takes seconds: an E-MMDiT does.
+pub(crate) fn is_quick(case: &Case) -> bool {
+    case.json["config"].get("use_sub_attn").is_some()
+}
 
 pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
     let weights = FormulaWeights::new(case.get::<String>("/salt")?);
@@ -22,8 +28,12 @@ pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
         let params = Params::new(&weights, &Device::flex(), precision);
         // The model is told by the form of its configuration.
         let config = &case.json["config"];
-        if config.get("use_sub_attn").is_some() {
+        if is_quick(case) {
             emmdit(case, report, &params, key, tolerance)?;
+        } else if config.get("latent_channels").is_some() {
+            dcae::full_size(case, report, (&params, &weights), key, tolerance)?;
+        } else if config.get("rope_theta").is_some() {
+            llama::full_size(case, report, &params, key, tolerance)?;
         } else {
             bail!("no model known for this configuration");
         }

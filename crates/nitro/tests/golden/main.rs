@@ -4,13 +4,19 @@
 //! `DIR/<suite>/<case>/case.json` (default: the project's `tests/golden`), takes every dimension
 //! from the case, and prints the error of every tensor. It fails on a miss, and when a case of a
 //! suite it knows could not be run. `NITRO_GOLDEN_ONLY=text` restricts it to the cases whose
-//! `suite/case` contains the text.
+//! `suite/case` contains the text. The largest models take gigabytes and minutes: they run when
+//! `NITRO_GOLDEN` names a directory, or with `NITRO_GOLDEN_FULL=1`.
 
 mod compare;
+mod dcae;
 mod diffusion;
 mod emmdit;
 mod files;
 mod full_size;
+mod llama;
+mod pipeline;
+mod text;
+mod train_steps;
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,11 +31,16 @@ use files::{Case, golden_dir};
 type Suite = (&'static str, fn(&Case, &mut Report) -> Result<()>);
 
 const SUITES: &[Suite] = &[
+    ("dcae", dcae::run),
     ("emmdit_forward", emmdit::forward),
     ("emmdit_train", emmdit::train),
     ("flow_match_euler", diffusion::flow_match_euler),
     ("full_size", full_size::run),
+    ("llama", llama::run),
+    ("pipeline", pipeline::run),
+    ("text_clean", text::clean),
     ("torch_rng", diffusion::torch_rng),
+    ("train_steps", train_steps::run),
 ];
 
 #[test]
@@ -38,6 +49,8 @@ fn every_case_of_every_known_suite_matches() {
     let only = std::env::var("NITRO_GOLDEN_ONLY").unwrap_or_default();
     let cases = Case::all(&dir).unwrap();
     assert!(!cases.is_empty(), "{} holds no golden cases", dir.display());
+    let asked = |name: &str| std::env::var_os(name).is_some();
+    let full = asked("NITRO_GOLDEN") || asked("NITRO_GOLDEN_FULL");
     let mut uncovered = BTreeSet::new();
     let mut summary = Vec::new();
     let mut failures = 0;
@@ -46,6 +59,10 @@ fn every_case_of_every_known_suite_matches() {
             uncovered.insert(case.suite.as_str());
             continue;
         };
+        if case.suite == "full_size" && !full && !full_size::is_quick(case) {
+            println!("\n{}: not run, NITRO_GOLDEN_FULL is not set", case.title());
+            continue;
+        }
         println!("\n{}", case.title());
         let begun = Instant::now();
         let mut report = Report::default();

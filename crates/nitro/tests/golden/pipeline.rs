@@ -33,11 +33,19 @@ pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
         ControlFlow::Continue(())
     })?;
     outputs.close(report, "timesteps", &timesteps, tolerance)?;
-    let probes: Vec<f32> = latents.iter().flat_map(|step| probe(step, pictures)).collect();
+    let probes: Vec<f32> = latents
+        .iter()
+        .flat_map(|step| probe(step, pictures))
+        .collect();
     outputs.close(report, "latents_probe", &probes, tolerance)?;
-    for name in outputs.names().filter(|name| name.starts_with("latents_after.")) {
+    for name in outputs
+        .names()
+        .filter(|name| name.starts_with("latents_after."))
+    {
         let step: usize = name["latents_after.".len()..].parse()?;
-        let found = latents.get(step).with_context(|| format!("no step {step}"))?;
+        let found = latents
+            .get(step)
+            .with_context(|| format!("no step {step}"))?;
         outputs.close(report, name, found, tolerance)?;
     }
 
@@ -52,7 +60,9 @@ pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
     let decoded = pipeline.decode_latents(&output.latents, pictures)?;
     let side = decoded.dims()[2];
     let middle = side / 2 - 16..side / 2 + 16;
-    let crop = decoded.clone().slice([0..pictures, 0..3, middle.clone(), middle]);
+    let crop = decoded
+        .clone()
+        .slice([0..pictures, 0..3, middle.clone(), middle]);
     outputs.close(report, "decoded.crop", &values(crop)?, tolerance)?;
     let end = side - 16..side;
     let corner = decoded.clone().slice([0..pictures, 0..3, end.clone(), end]);
@@ -87,7 +97,11 @@ fn load(case: &Case) -> Result<Pipeline> {
         .variant(&known.name)
         .resolution(case.get("/config/resolution")?)
         .load()?;
-    ensure!(loaded.variant() == known, "another variant was loaded: {:?}", loaded.variant());
+    ensure!(
+        loaded.variant() == known,
+        "another variant was loaded: {:?}",
+        loaded.variant()
+    );
     Ok(loaded)
 }
 
@@ -120,13 +134,19 @@ fn check_text(
         let encoded = pipeline.encode_texts(texts, true)?;
         let expected: Vec<String> = case.get(&format!("/{cleaned}"))?;
         report.equal(cleaned, &encoded.texts, &expected);
-        let TextFeatures { tokens, features, .. } = encoded;
-        let ids: Vec<i64> =
-            tokens.iter().flat_map(|t| t.ids.iter().map(|id| i64::from(*id))).collect();
+        let TextFeatures {
+            tokens, features, ..
+        } = encoded;
+        let ids: Vec<i64> = tokens
+            .iter()
+            .flat_map(|t| t.ids.iter().map(|id| i64::from(*id)))
+            .collect();
         let name = format!("{what}.input_ids");
         report.equal(&name, &ids, &outputs.i64s(&name)?);
-        let mask: Vec<i64> =
-            tokens.iter().flat_map(|t| t.mask().into_iter().map(i64::from)).collect();
+        let mask: Vec<i64> = tokens
+            .iter()
+            .flat_map(|t| t.mask().into_iter().map(i64::from))
+            .collect();
         let name = format!("{what}.attention_mask");
         report.equal(&name, &mask, &outputs.i64s(&name)?);
         let name = match what {
@@ -186,7 +206,13 @@ fn check_pictures(
     };
     for (generated, file) in output.images.iter().zip(&files) {
         let expected = image::open(case.dir.join(file))?.into_rgb8();
-        compare_bytes(case, report, file, generated.image.as_raw(), expected.as_raw())?;
+        compare_bytes(
+            case,
+            report,
+            file,
+            generated.image.as_raw(),
+            expected.as_raw(),
+        )?;
     }
     Ok(())
 }
