@@ -205,7 +205,7 @@ impl Task for EmmditTraining<'_> {
                     Tensor::from_data(TensorData::new(both, [2 * count, c, h, w]), &device);
                 let times = vec![timestep; 2 * count];
                 let v = model.forward(both, text.clone(), &times)?;
-                let v = v.into_data().into_vec::<f32>().unwrap_or_default();
+                let v = v.into_data().try_into_vec::<f32>().unwrap_or_default();
                 let (uncond, cond) = v.split_at(x.len());
                 Ok::<_, TrainError>(guidance::combine(uncond, cond, GUIDANCE)?)
             },

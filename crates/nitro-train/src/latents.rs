@@ -66,7 +66,7 @@ pub fn precompute(
                 * config.scaling_factor;
             let [_, c, h, w] = latent.dims();
             shape = [SHARD, c, h, w];
-            latents.extend(latent.into_data().into_vec::<f32>().unwrap_or_default());
+            latents.extend(latent.into_data().try_into_vec::<f32>().unwrap_or_default());
             captions.extend(words);
             bar.inc(BATCH as u64);
         }

@@ -12,7 +12,7 @@ use crate::autoencoder::{Autoencoder, shipped_config};
 use crate::config::{EmmditTask, RunConfig, TaskConfig};
 use crate::emmdit::EmmditTraining;
 use crate::files::write_json;
-use crate::language_model::LanguageModel;
+use crate::language_model::{LanguageModel, RECALL};
 use crate::store::ParameterStore;
 use crate::trainer::{RunOptions, train};
 
@@ -89,7 +89,7 @@ fn save(
     }
     let tensors: Vec<_> = store
         .iter()
-        .filter(|(_, entry)| entry.trainable)
+        .filter(|(name, entry)| entry.trainable && !name.starts_with(RECALL))
         .map(|(name, entry)| (name.to_owned(), entry.shape.clone(), entry.averaged()))
         .collect();
     Ok(save_safetensors(path, &tensors, &metadata, DType::F16)?)

@@ -20,7 +20,7 @@ pub fn named_gradients(tensors: &TensorMap, store: &ParameterStore, mut grads: G
         .filter(|(_, entry)| entry.trainable)
         .filter_map(|(name, _)| {
             let grad = tensors.get(name)?.grad_remove(&mut grads)?;
-            let grad = grad.into_data().into_vec::<f32>().ok()?;
+            let grad = grad.into_data().try_into_vec::<f32>().ok()?;
             Some((name.to_owned(), grad))
         })
         .collect()

@@ -27,7 +27,7 @@ pub(crate) fn from_bytes(
 pub(crate) fn to_bytes(pictures: Tensor<4>) -> Vec<Vec<u8>> {
     let [count, _, h, w] = pictures.dims();
     let data = pictures.permute([0, 2, 3, 1]).into_data();
-    let Ok(values) = data.into_vec::<f32>() else { return Vec::new() };
+    let Ok(values) = data.try_into_vec::<f32>() else { return Vec::new() };
     let byte = |v: &f32| ((v * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
     values.chunks_exact(h * w * 3).take(count).map(|p| p.iter().map(byte).collect()).collect()
 }

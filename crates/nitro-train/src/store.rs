@@ -47,7 +47,7 @@ impl ParameterStore {
         let map = TensorMap::collect(source, &Device::flex(), build)?;
         let mut entries = BTreeMap::new();
         for (spec, tensor) in map.iter() {
-            let data = tensor.clone().into_data().into_vec::<f32>();
+            let data = tensor.clone().into_data().try_into_vec::<f32>();
             let value = data.map_err(|e| WeightError::Dtype {
                 origin: "initialisation".into(),
                 name: spec.name.clone(),

@@ -1,0 +1,117 @@
+//! A run that was stopped and resumed ends with the same bits as one that was not; configurations of
+//! the repository are read; a changed run is refused.
+
+use std::path::{Path, PathBuf};
+
+use nitro_train::TrainError;
+use nitro_train::checkpoint::Checkpoint;
+use nitro_train::config::{RunConfig, TaskConfig};
+use nitro_train::miniature::{self, LatentsPlan};
+use nitro_train::trainer::RunOptions;
+
+fn configs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs")
+}
+
+fn load(name: &str, overrides: &[&str]) -> RunConfig {
+    let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
+    RunConfig::load(&configs().join(name), &overrides).unwrap()
+}
+
+fn quiet() -> RunOptions {
+    RunOptions { quiet: true, stop: None }
+}
+
+const TINY_AUTOENCODER: [&str; 9] = [
+    "run.batch_size=2",
+    "run.warmup_steps=2",
+    "run.decay_steps=0",
+    "run.save_every=2",
+    "run.sample_every=0",
+    "task.image_size=32",
+    "task.crop_size=16",
+    "task.full_size_steps=0",
+    "run.log_every=1",
+];
+
+#[test]
+fn resuming_changes_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |dir: &str, steps: &str| {
+        let overrides = [&TINY_AUTOENCODER[..], &[steps]].concat();
+        let config = load("miniature-autoencoder.yaml", &overrides);
+        let dir = folder.path().join(dir);
+        miniature::run(&config, &dir, &dir.join("export"), &quiet()).unwrap();
+        dir
+    };
+    let whole = run("whole", "run.max_steps=5");
+    run("resumed", "run.max_steps=3");
+    let resumed = run("resumed", "run.max_steps=5");
+    let (_, whole) = Checkpoint::latest(&whole).unwrap().unwrap();
+    let (_, resumed) = Checkpoint::latest(&resumed).unwrap().unwrap();
+    assert_eq!((whole.step, resumed.step), (5, 5));
+    assert_eq!(whole.store, resumed.store);
+
+    let log = std::fs::read_to_string(folder.path().join("whole/metrics.jsonl")).unwrap();
+    assert_eq!(log.lines().count(), 5, "one line a step");
+}
+
+#[test]
+fn another_run_under_the_same_folder_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, export) = (folder.path().join("run"), folder.path().join("export"));
+    let with = |extra: &[&str]| {
+        let overrides = [&TINY_AUTOENCODER[..], extra].concat();
+        load("miniature-autoencoder.yaml", &overrides)
+    };
+    miniature::run(&with(&["run.max_steps=2"]), &dir, &export, &quiet()).unwrap();
+    let changed = with(&["run.max_steps=4", "run.optimizer.lr=0.5"]);
+    let error = miniature::run(&changed, &dir, &export, &quiet()).unwrap_err();
+    assert!(matches!(error, TrainError::Resume { .. }), "{error}");
+    assert!(error.to_string().contains("optimizer"), "{error}");
+}
+
+/// Every part of the miniature, each a few steps long, from nothing to a model folder.
+#[test]
+fn the_whole_recipe_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, runs) = (folder.path().join("model"), folder.path().join("runs"));
+    let short = ["run.max_steps=2", "run.batch_size=2", "run.save_every=2", "run.log_every=1"];
+    let with = |name: &str, extra: &[&str]| load(name, &[&short[..], extra].concat());
+    let autoencoder = with("miniature-autoencoder.yaml", &["run.sample_every=2"]);
+    let text = ["task.tokenizer_captions=500", "task.vocab_size=300"];
+    let text_encoder = with("miniature-text-encoder.yaml", &text);
+    miniature::run(&autoencoder, &runs.join("autoencoder"), &out, &quiet()).unwrap();
+    miniature::run(&text_encoder, &runs.join("text-encoder"), &out, &quiet()).unwrap();
+    assert!(runs.join("autoencoder/samples/step-00000002.png").exists());
+
+    let latents = runs.join("latents");
+    let plan = LatentsPlan { shards: 1, image_size: 128, seed: 0 };
+    let precision = nitro_ops::Precision::Bf16;
+    miniature::cache_latents(&out, &latents, plan, precision, &quiet()).unwrap();
+
+    let mut emmdit = with("miniature-emmdit.yaml", &["run.sample_every=0"]);
+    if let TaskConfig::Emmdit(task) = &mut emmdit.task {
+        task.latents = latents;
+        task.frozen = out.clone();
+    }
+    miniature::run(&emmdit, &runs.join("emmdit"), &out, &quiet()).unwrap();
+    for file in [
+        "transformer.safetensors",
+        "dc-ae/config.json",
+        "dc-ae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder/tokenizer.json",
+    ] {
+        assert!(out.join(file).exists(), "{file}");
+    }
+}
+
+#[test]
+fn unknown_keys_are_told() {
+    let overrides = ["run.learning_rate=1".to_owned()];
+    let path = configs().join("miniature-emmdit.yaml");
+    let error = RunConfig::load(&path, &overrides).unwrap_err();
+    assert!(error.to_string().contains("run.learning_rate"), "{error}");
+}
