@@ -57,7 +57,7 @@ pub enum WeightError {
         found: String,
     },
     /// A source holds tensors that the model has no place for.
-    #[error("{origin} holds tensors the model has no place for: {}", names.join(", "))]
+    #[error("{origin} holds tensors the model has no place for: {}", first_few(names))]
     Unexpected {
         /// File, folder or other source.
         origin: String,
@@ -82,4 +82,14 @@ pub struct InputError {
     pub model: &'static str,
     /// What was wrong and what was expected.
     pub reason: String,
+}
+
+/// The first names of a list that may be long.
+fn first_few(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
 }

@@ -83,18 +83,19 @@ impl ModelCard {
         let variants = [512, 1024]
             .into_iter()
             .flat_map(|side| {
-                let variant = |name: &str, suffix: &str, lora: Option<String>, how: (usize, f64)| {
-                    Variant {
-                        name: name.to_owned(),
-                        resolution: side,
-                        transformer: format!("Nitro-E-{side}px{suffix}.safetensors"),
-                        lora,
-                        steps: how.0,
-                        guidance: how.1,
-                        // The official inference script switches ASA off at 1024 px.
-                        asa: side < 1024,
-                    }
-                };
+                let variant =
+                    |name: &str, suffix: &str, lora: Option<String>, how: (usize, f64)| {
+                        Variant {
+                            name: name.to_owned(),
+                            resolution: side,
+                            transformer: format!("Nitro-E-{side}px{suffix}.safetensors"),
+                            lora,
+                            steps: how.0,
+                            guidance: how.1,
+                            // The official inference script switches ASA off at 1024 px.
+                            asa: side < 1024,
+                        }
+                    };
                 [
                     variant("base", "", None, FULL),
                     variant("grpo", "", Some(format!("ckpt_grpo_{side}px")), FULL),
@@ -107,7 +108,10 @@ impl ModelCard {
             format: CARD_FORMAT,
             name: name.to_owned(),
             text_tokens: OFFICIAL_TEXT_TOKENS,
-            dc_ae: local_or(default_dc_ae(), "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"),
+            dc_ae: local_or(
+                default_dc_ae(),
+                "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
+            ),
             text_encoder: local_or(default_text_encoder(), "meta-llama/Llama-3.2-1B"),
             variants,
         }
@@ -115,7 +119,10 @@ impl ModelCard {
 
     /// Reads `nitro.json`; `file` names it in errors.
     pub fn parse(json: &[u8], file: &str) -> Result<Self, PipelineError> {
-        let bad = |reason: String| PipelineError::BadFile { file: file.to_owned(), reason };
+        let bad = |reason: String| PipelineError::BadFile {
+            file: file.to_owned(),
+            reason,
+        };
         let card: Self = serde_json::from_slice(json)
             .map_err(|e| bad(format!("not a model card of format {CARD_FORMAT}: {e}")))?;
         if card.format != CARD_FORMAT {
@@ -130,8 +137,15 @@ impl ModelCard {
         if card.text_tokens == 0 {
             return Err(bad("text_tokens must be at least 1".to_owned()));
         }
-        if let Some(v) = card.variants.iter().find(|v| v.steps == 0 || v.resolution == 0) {
-            return Err(bad(format!("variant `{}` has no steps or no resolution", v.name)));
+        if let Some(v) = card
+            .variants
+            .iter()
+            .find(|v| v.steps == 0 || v.resolution == 0)
+        {
+            return Err(bad(format!(
+                "variant `{}` has no steps or no resolution",
+                v.name
+            )));
         }
         Ok(card)
     }
@@ -185,7 +199,10 @@ mod tests {
         assert_eq!(v.lora.as_deref(), Some("ckpt_grpo_1024px"));
         assert!(!v.asa);
         let v = card.variant(Some("dist"), None).unwrap();
-        assert_eq!((v.resolution, v.steps, v.guidance, v.asa), (512, 4, 0.0, true));
+        assert_eq!(
+            (v.resolution, v.steps, v.guidance, v.asa),
+            (512, 4, 0.0, true)
+        );
     }
 
     #[test]
@@ -213,11 +230,22 @@ mod tests {
         assert_eq!(ModelCard::parse(&json, "nitro.json").unwrap(), card);
         for (bad, says) in [
             ("{", "not a model card"),
-            (r#"{"format":1,"name":"x","text_tokens":32,"variants":[]}"#, "no variants"),
-            (r#"{"format":9,"name":"x","text_tokens":32,"variants":[]}"#, "update nitro"),
+            (
+                r#"{"format":1,"name":"x","text_tokens":32,"variants":[]}"#,
+                "no variants",
+            ),
+            (
+                r#"{"format":9,"name":"x","text_tokens":32,"variants":[]}"#,
+                "update nitro",
+            ),
         ] {
-            let error = ModelCard::parse(bad.as_bytes(), "m/nitro.json").unwrap_err().to_string();
-            assert!(error.starts_with("m/nitro.json: ") && error.contains(says), "{error}");
+            let error = ModelCard::parse(bad.as_bytes(), "m/nitro.json")
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.starts_with("m/nitro.json: ") && error.contains(says),
+                "{error}"
+            );
         }
     }
 }

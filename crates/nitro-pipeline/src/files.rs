@@ -6,9 +6,9 @@ use std::sync::OnceLock;
 
 use sha2::{Digest, Sha256};
 
+use crate::PipelineError;
 use crate::card::{CARD_FILE, ModelCard};
 use crate::hub::{Hub, HubError, HubOptions};
-use crate::PipelineError;
 
 /// The Hub name of the official weights.
 pub const OFFICIAL_REPOSITORY: &str = "amd/Nitro-E";
@@ -40,7 +40,8 @@ impl From<&str> for ModelLocation {
         let word = |w: &str| {
             !w.is_empty()
                 && !w.starts_with('.')
-                && w.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+                && w.chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         match text.split_once('/') {
             Some((org, name)) if word(org) && word(name) && !Path::new(text).exists() => {
@@ -95,9 +96,14 @@ impl ModelFile {
     /// The whole content; meant for small files.
     pub fn read(&self) -> Result<Cow<'static, [u8]>, PipelineError> {
         match self {
-            Self::Disk(path) => std::fs::read(path)
-                .map(Cow::Owned)
-                .map_err(|source| PipelineError::Read { path: path.clone(), source }),
+            Self::Disk(path) => {
+                std::fs::read(path)
+                    .map(Cow::Owned)
+                    .map_err(|source| PipelineError::Read {
+                        path: path.clone(),
+                        source,
+                    })
+            }
             Self::Embedded { bytes, .. } => Ok(Cow::Borrowed(bytes)),
         }
     }
@@ -108,7 +114,10 @@ impl ModelFile {
             Self::Disk(path) => std::fs::File::open(path)
                 .and_then(|mut file| std::io::copy(&mut file, sha256))
                 .map(|_| ())
-                .map_err(|source| PipelineError::Read { path: path.clone(), source }),
+                .map_err(|source| PipelineError::Read {
+                    path: path.clone(),
+                    source,
+                }),
             Self::Embedded { bytes, .. } => {
                 sha256.update(bytes);
                 Ok(())
@@ -130,7 +139,11 @@ impl ModelFiles {
         location: impl Into<ModelLocation>,
         options: HubOptions,
     ) -> Result<Self, PipelineError> {
-        let source = Source { location: location.into(), options, hub: OnceLock::new() };
+        let source = Source {
+            location: location.into(),
+            options,
+            hub: OnceLock::new(),
+        };
         let card = source.card()?;
         if card.variants.is_empty() {
             return Err(PipelineError::NoModel {
@@ -188,7 +201,9 @@ impl Source {
     fn card(&self) -> Result<ModelCard, PipelineError> {
         // The official repository keeps the other parts in repositories of their own.
         let official = || {
-            ModelCard::official(&self.place(), |path| !["dc-ae", "text_encoder"].contains(&path))
+            ModelCard::official(&self.place(), |path| {
+                !["dc-ae", "text_encoder"].contains(&path)
+            })
         };
         match &self.location {
             ModelLocation::Hub(repo) if repo == OFFICIAL_REPOSITORY => Ok(official()),
@@ -203,7 +218,9 @@ impl Source {
                 reason: "there is no such folder (a Hub model is written org/name)".to_owned(),
             }),
             ModelLocation::Folder(folder) if !folder.join(CARD_FILE).exists() => {
-                Ok(ModelCard::official(&self.place(), |path| folder.join(path).exists()))
+                Ok(ModelCard::official(&self.place(), |path| {
+                    folder.join(path).exists()
+                }))
             }
             ModelLocation::Folder(_) | ModelLocation::Embedded(_) => {
                 let file = self.file(CARD_FILE)?;
@@ -219,7 +236,10 @@ impl Source {
                     place: self.place(),
                     reason: format!("it has no {path}"),
                 })?;
-                Ok(ModelFile::Embedded { name: format!("{}/{path}", model.name), bytes })
+                Ok(ModelFile::Embedded {
+                    name: format!("{}/{path}", model.name),
+                    bytes,
+                })
             }
             ModelLocation::Folder(folder) => {
                 let path = folder.join(path);
@@ -246,7 +266,11 @@ impl Source {
 }
 
 fn embedded(model: &EmbeddedModel, path: &str) -> Option<&'static [u8]> {
-    model.files.iter().find(|(name, _)| *name == path).map(|(_, bytes)| *bytes)
+    model
+        .files
+        .iter()
+        .find(|(name, _)| *name == path)
+        .map(|(_, bytes)| *bytes)
 }
 
 #[cfg(test)]
@@ -258,7 +282,15 @@ mod tests {
         let is_hub = |text: &str| matches!(ModelLocation::from(text), ModelLocation::Hub(_));
         assert!(is_hub("amd/Nitro-E"));
         assert!(is_hub("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"));
-        for folder in ["models", "./amd/Nitro-E", "/models/x", "a/b/c", "../x", "a/", "src/card.rs"] {
+        for folder in [
+            "models",
+            "./amd/Nitro-E",
+            "/models/x",
+            "a/b/c",
+            "../x",
+            "a/",
+            "src/card.rs",
+        ] {
             assert!(!is_hub(folder), "{folder}");
         }
     }
@@ -267,9 +299,15 @@ mod tests {
     fn an_absent_or_empty_folder_is_explained() {
         let open = |path: &Path| ModelFiles::open(path, HubOptions::from_env()).unwrap_err();
         let error = open(Path::new("/no/such/model")).to_string();
-        assert!(error.contains("/no/such/model") && error.contains("no such folder"), "{error}");
+        assert!(
+            error.contains("/no/such/model") && error.contains("no such folder"),
+            "{error}"
+        );
         let folder = tempfile::tempdir().unwrap();
         let error = open(folder.path()).to_string();
-        assert!(error.contains("nitro.json") && error.contains("Nitro-E-512px"), "{error}");
+        assert!(
+            error.contains("nitro.json") && error.contains("Nitro-E-512px"),
+            "{error}"
+        );
     }
 }

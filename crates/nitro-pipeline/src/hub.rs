@@ -137,8 +137,12 @@ impl HubOptions {
         };
         let token = set("HF_TOKEN").or_else(|| Cache::new(cache.clone()).token());
         let endpoint = set("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
-        let offline = set("HF_HUB_OFFLINE")
-            .is_some_and(|v| !matches!(v.to_ascii_lowercase().as_str(), "0" | "no" | "false" | "off"));
+        let offline = set("HF_HUB_OFFLINE").is_some_and(|v| {
+            !matches!(
+                v.to_ascii_lowercase().as_str(),
+                "0" | "no" | "false" | "off"
+            )
+        });
         Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             cache,
@@ -174,8 +178,15 @@ impl Hub {
             .with_retries(RETRIES)
             .with_user_agent("nitro", env!("CARGO_PKG_VERSION"))
             .build()
-            .map_err(|e| HubError::Cache { cache: options.cache.clone(), reason: e.to_string() })?;
-        Ok(Self { options, api, cache })
+            .map_err(|e| HubError::Cache {
+                cache: options.cache.clone(),
+                reason: e.to_string(),
+            })?;
+        Ok(Self {
+            options,
+            api,
+            cache,
+        })
     }
 
     /// The path of `file` of `repo` (`org/name`, main branch) in the cache, downloaded if need be.
@@ -192,7 +203,8 @@ impl Hub {
                 cache: self.options.cache.clone(),
             });
         }
-        self.download(repo, file).map_err(|e| self.explain(repo, file, &e))
+        self.download(repo, file)
+            .map_err(|e| self.explain(repo, file, &e))
     }
 
     fn download(&self, repo: &str, file: &str) -> Result<PathBuf, ApiError> {
@@ -210,12 +222,19 @@ impl Hub {
         match std::fs::metadata(&partial).map(|m| m.len()) {
             Ok(have) if have > size => std::fs::remove_file(&partial)?,
             Ok(have) if have == size && size > 0 => {
-                std::fs::OpenOptions::new().write(true).open(&partial)?.set_len(size - 1)?;
+                std::fs::OpenOptions::new()
+                    .write(true)
+                    .open(&partial)?
+                    .set_len(size - 1)?;
             }
             _ => {}
         }
-        let progress =
-            Relay { to: self.options.progress.clone(), repo: repo.to_owned(), counted: 0, high: 0 };
+        let progress = Relay {
+            to: self.options.progress.clone(),
+            repo: repo.to_owned(),
+            counted: 0,
+            high: 0,
+        };
         let path = remote.download_with_progress(file, progress)?;
         let have = std::fs::metadata(&path)?.len();
         if have != size {
@@ -244,8 +263,17 @@ impl Hub {
                         None => "no token was sent",
                     },
                 },
-                ureq::Error::StatusCode(404) => HubError::NotFound { repo, file, endpoint },
-                ref other => HubError::Transfer { repo, file, endpoint, reason: other.to_string() },
+                ureq::Error::StatusCode(404) => HubError::NotFound {
+                    repo,
+                    file,
+                    endpoint,
+                },
+                ref other => HubError::Transfer {
+                    repo,
+                    file,
+                    endpoint,
+                    reason: other.to_string(),
+                },
             },
             ApiError::LockAcquisition(lock) => HubError::Cache {
                 cache: self.options.cache.clone(),
@@ -265,9 +293,17 @@ impl Hub {
                         | std::io::ErrorKind::NotFound
                 ) =>
             {
-                HubError::Cache { cache: self.options.cache.clone(), reason: io.to_string() }
+                HubError::Cache {
+                    cache: self.options.cache.clone(),
+                    reason: io.to_string(),
+                }
             }
-            other => HubError::Transfer { repo, file, endpoint, reason: other.to_string() },
+            other => HubError::Transfer {
+                repo,
+                file,
+                endpoint,
+                reason: other.to_string(),
+            },
         }
     }
 }

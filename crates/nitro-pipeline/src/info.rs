@@ -99,7 +99,10 @@ fn variant_info(
     let weights = load::open_weights(&files.file(&variant.transformer)?)?;
     let config = load::transformer_config(&weights, variant, autoencoder)?;
     let text = files.card().text_tokens;
-    let plain = EmmditConfig { token_compression: false, ..config.clone() };
+    let plain = EmmditConfig {
+        token_compression: false,
+        ..config.clone()
+    };
     Ok(VariantInfo {
         variant: variant.clone(),
         part: PartInfo {
@@ -193,5 +196,7 @@ fn shapes<'a>(
 }
 
 fn count(weights: &WeightFiles, prefix: &str) -> usize {
-    shapes(weights, prefix).map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    shapes(weights, prefix)
+        .map(|(_, shape)| shape.iter().product::<usize>())
+        .sum()
 }

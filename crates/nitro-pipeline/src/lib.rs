@@ -10,6 +10,7 @@ pub mod caption;
 pub mod card;
 mod error;
 pub mod files;
+mod generate;
 pub mod hub;
 mod info;
 mod load;
@@ -22,10 +23,11 @@ pub mod tokenizer;
 pub use card::{ModelCard, Variant};
 pub use error::{PipelineError, RequestError};
 pub use files::{EmbeddedModel, ModelFile, ModelFiles, ModelLocation, OFFICIAL_REPOSITORY};
+pub use generate::{Event, StepEvent};
 pub use hub::{DownloadProgress, Hub, HubError, HubOptions};
 pub use info::{ModelInfo, PartInfo, VariantInfo};
 pub use load::{CONFIG_KEY, PipelineBuilder};
-pub use pipeline::{Event, Pipeline, StepEvent, TextFeatures};
+pub use pipeline::{Pipeline, TextFeatures};
 pub use request::{
     CudaDevice, Generated, InitImage, NoiseKind, Output, Request, Seeds, Stage, Timings, Truncation,
 };

@@ -105,7 +105,9 @@ impl PipelineBuilder {
         let began = Instant::now();
         let files = ModelFiles::open(self.location, self.hub)?;
         let card = files.card();
-        let variant = card.variant(self.variant.as_deref(), self.resolution)?.clone();
+        let variant = card
+            .variant(self.variant.as_deref(), self.resolution)?
+            .clone();
         let (device, precision) = (&self.device, self.precision);
 
         // The transformer comes first: it is the part a user chooses, and errors in it are likeliest.
@@ -114,8 +116,10 @@ impl PipelineBuilder {
         let weights = open_weights(&files.file(&variant.transformer)?)?;
         let config = transformer_config(&weights, &variant, &autoencoder)?;
         let adapters = adapters(&files, &variant, &self.loras)?;
-        let merged =
-            Merged::new(&weights, adapters.iter().map(|(adapter, scale)| (adapter, *scale)))?;
+        let merged = Merged::new(
+            &weights,
+            adapters.iter().map(|(adapter, scale)| (adapter, *scale)),
+        )?;
         let transformer = Emmdit::new(&config, &Params::new(&merged, device, precision))?;
         // Projectors serve training only.
         weights.finish(&["projectors."])?;
@@ -130,7 +134,8 @@ impl PipelineBuilder {
         )?;
         check_fit(card, &config, &text_config, &autoencoder)?;
         let text_weights = open_weights(&text_file)?;
-        let text_encoder = Llama::new(&text_config, &Params::new(&text_weights, device, precision))?;
+        let text_encoder =
+            Llama::new(&text_config, &Params::new(&text_weights, device, precision))?;
 
         (self.on_part)("image decoder");
         let autoencoder_weights = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
@@ -142,7 +147,10 @@ impl PipelineBuilder {
         if let Some(folder) = &variant.lora {
             weight_files.push(files.part_file(folder, ADAPTER_WEIGHTS)?);
         }
-        let own = self.loras.iter().map(|(folder, _)| folder.join(ADAPTER_WEIGHTS));
+        let own = self
+            .loras
+            .iter()
+            .map(|(folder, _)| folder.join(ADAPTER_WEIGHTS));
         weight_files.extend(own.map(ModelFile::Disk));
         Ok(Pipeline {
             weights: weight_files,
@@ -179,10 +187,13 @@ pub(crate) fn open_weights(file: &ModelFile) -> Result<WeightFiles, PipelineErro
 
 /// Reads a JSON configuration.
 pub(crate) fn read_config<T: DeserializeOwned>(file: &ModelFile) -> Result<T, PipelineError> {
-    serde_json::from_slice(&file.read()?).map_err(|e| PipelineError::BadFile {
-        file: file.name(),
-        reason: format!("not the configuration that was expected here: {e}"),
-    })
+    // Serde would also fill a structure from a list, by position.
+    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&file.read()?)
+        .and_then(|object| serde_json::from_value(object.into()))
+        .map_err(|e| PipelineError::BadFile {
+            file: file.name(),
+            reason: format!("not the configuration that was expected here: {e}"),
+        })
 }
 
 pub(crate) fn autoencoder_config(files: &ModelFiles) -> Result<DcaeConfig, PipelineError> {
@@ -191,7 +202,10 @@ pub(crate) fn autoencoder_config(files: &ModelFiles) -> Result<DcaeConfig, Pipel
     if !(config.scaling_factor.is_finite() && config.scaling_factor > 0.0) {
         return Err(PipelineError::BadFile {
             file: file.name(),
-            reason: format!("scaling_factor is {}; it must be positive", config.scaling_factor),
+            reason: format!(
+                "scaling_factor is {}; it must be positive",
+                config.scaling_factor
+            ),
         });
     }
     Ok(config)
@@ -239,7 +253,10 @@ fn adapters(
     if let Some(folder) = &variant.lora {
         let config = files.part_file(folder, "adapter_config.json")?;
         let weights = open_weights(&files.part_file(folder, ADAPTER_WEIGHTS)?)?;
-        adapters.push((LoraAdapter::new(&config.read()?, &weights, &config.name())?, 1.0));
+        adapters.push((
+            LoraAdapter::new(&config.read()?, &weights, &config.name())?,
+            1.0,
+        ));
     }
     for (folder, scale) in loras {
         adapters.push((LoraAdapter::open(folder)?, *scale));
@@ -255,7 +272,10 @@ pub(crate) fn load_encoder(
     precision: Precision,
 ) -> Result<Encoder, PipelineError> {
     let weights = open_weights(weights)?;
-    Ok(Encoder::new(config, &Params::new(&weights, device, precision))?)
+    Ok(Encoder::new(
+        config,
+        &Params::new(&weights, device, precision),
+    )?)
 }
 
 fn check_fit(

@@ -61,8 +61,12 @@ impl Original {
     /// `[1, 3, side, side]`, values -1 to 1.
     pub(crate) fn tensor(&self, device: &Device) -> Tensor<4> {
         let (width, height) = (self.image.width() as usize, self.image.height() as usize);
-        let values: Vec<f32> =
-            self.image.as_raw().iter().map(|byte| f32::from(*byte) / 127.5 - 1.0).collect();
+        let values: Vec<f32> = self
+            .image
+            .as_raw()
+            .iter()
+            .map(|byte| f32::from(*byte) / 127.5 - 1.0)
+            .collect();
         Tensor::<4>::from_data(TensorData::new(values, [1, height, width, 3]), device)
             .permute([0, 3, 1, 2])
     }
@@ -118,7 +122,11 @@ mod tests {
     use image::{Luma, Rgb};
 
     fn init(image: RgbImage, mask: Option<GrayImage>) -> InitImage {
-        InitImage { image, strength: 0.5, mask }
+        InitImage {
+            image,
+            strength: 0.5,
+            mask,
+        }
     }
 
     #[test]
@@ -134,10 +142,17 @@ mod tests {
     #[test]
     fn a_wide_image_is_cut_around_its_centre() {
         let image = RgbImage::from_fn(40, 20, |x, _| {
-            Rgb(if (10..30).contains(&x) { [200, 10, 10] } else { [0, 0, 0] })
+            Rgb(if (10..30).contains(&x) {
+                [200, 10, 10]
+            } else {
+                [0, 0, 0]
+            })
         });
         let original = Original::fit(&init(image, None), 10);
-        assert!(original.image.pixels().all(|p| p.0[0] > 150), "only the middle is left");
+        assert!(
+            original.image.pixels().all(|p| p.0[0] > 150),
+            "only the middle is left"
+        );
         assert!(original.latent_mask(2).is_none());
     }
 
@@ -151,7 +166,11 @@ mod tests {
         let mut painted = RgbImage::from_pixel(8, 8, Rgb([99, 99, 99]));
         original.put_back(&mut painted);
         for (x, y, pixel) in painted.enumerate_pixels() {
-            let expected = if (x, y) == (5, 1) { [99; 3] } else { image.get_pixel(x, y).0 };
+            let expected = if (x, y) == (5, 1) {
+                [99; 3]
+            } else {
+                image.get_pixel(x, y).0
+            };
             assert_eq!(pixel.0, expected);
         }
     }

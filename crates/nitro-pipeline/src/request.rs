@@ -102,7 +102,10 @@ impl Request {
 
     /// One picture of each prompt.
     pub fn of<S: Into<String>>(prompts: impl IntoIterator<Item = S>) -> Self {
-        Self { prompts: prompts.into_iter().map(Into::into).collect(), ..Self::default() }
+        Self {
+            prompts: prompts.into_iter().map(Into::into).collect(),
+            ..Self::default()
+        }
     }
 
     /// Says what the pictures should not show.
@@ -169,13 +172,20 @@ impl Request {
     /// Checks everything that does not depend on the model.
     pub(crate) fn check(&self) -> Result<(), RequestError> {
         let setting = |name, value: String, expected| {
-            Err(RequestError::Setting { name, value, expected })
+            Err(RequestError::Setting {
+                name,
+                value,
+                expected,
+            })
         };
         if self.prompts.is_empty() {
             return Err(RequestError::NoPrompt);
         }
         if let Some(i) = self.prompts.iter().position(|p| p.trim().is_empty()) {
-            return Err(RequestError::EmptyPrompt { number: i + 1, cleaned: "" });
+            return Err(RequestError::EmptyPrompt {
+                number: i + 1,
+                cleaned: "",
+            });
         }
         let negatives = self.negative_prompts.len();
         if negatives > 1 && negatives != self.prompts.len() {
@@ -196,12 +206,19 @@ impl Request {
         if let Some(scale) = self.guidance_scale
             && !(scale.is_finite() && scale >= 0.0)
         {
-            return setting("guidance scale", scale.to_string(), "a finite number, 0 or more");
+            return setting(
+                "guidance scale",
+                scale.to_string(),
+                "a finite number, 0 or more",
+            );
         }
         if let Seeds::Each(seeds) = &self.seeds
             && seeds.len() != self.pictures()
         {
-            return Err(RequestError::Seeds { found: seeds.len(), images: self.pictures() });
+            return Err(RequestError::Seeds {
+                found: seeds.len(),
+                images: self.pictures(),
+            });
         }
         self.init.as_ref().map_or(Ok(()), InitImage::check)
     }
@@ -339,12 +356,26 @@ mod tests {
 
     #[test]
     fn seeds_count_up_within_each_prompt() {
-        let request = Request { images_per_prompt: 2, ..Request::of(["a", "b"]) }.seed(7);
+        let request = Request {
+            images_per_prompt: 2,
+            ..Request::of(["a", "b"])
+        }
+        .seed(7);
         let seeds: Vec<_> = (0..4).filter_map(|i| request.seed_of(i)).collect();
         assert_eq!(seeds, [7, 8, 7, 8]);
-        let shared = Request { seeds: Seeds::Shared(7), ..request };
+        let shared = Request {
+            seeds: Seeds::Shared(7),
+            ..request
+        };
         assert_eq!(shared.seed_of(1), None);
-        assert_eq!(Request { seeds: Seeds::Shared(7), ..Request::new("a") }.seed_of(0), Some(7));
+        assert_eq!(
+            Request {
+                seeds: Seeds::Shared(7),
+                ..Request::new("a")
+            }
+            .seed_of(0),
+            Some(7)
+        );
     }
 
     #[test]
@@ -353,7 +384,11 @@ mod tests {
         assert_eq!(ok.check(), Ok(()));
         let image = RgbImage::new(8, 8);
         let init = |strength, mask| {
-            Some(InitImage { image: image.clone(), strength, mask })
+            Some(InitImage {
+                image: image.clone(),
+                strength,
+                mask,
+            })
         };
         for (request, says) in [
             (Request::default(), "no prompt"),
@@ -361,7 +396,13 @@ mod tests {
             (ok.clone().steps(0), "steps 0"),
             (ok.clone().guidance(f64::NAN), "guidance scale NaN"),
             (ok.clone().images(0), "number of images 0"),
-            (Request { seeds: Seeds::Each(vec![1, 2]), ..ok.clone() }, "2 seeds for 1 pictures"),
+            (
+                Request {
+                    seeds: Seeds::Each(vec![1, 2]),
+                    ..ok.clone()
+                },
+                "2 seeds for 1 pictures",
+            ),
             (
                 Request {
                     negative_prompts: vec!["x".into(), "y".into()],
@@ -369,9 +410,18 @@ mod tests {
                 },
                 "2 negative prompts for 3 prompts",
             ),
-            (Request { init: init(0.0, None), ..ok.clone() }, "strength 0"),
             (
-                Request { init: init(0.5, Some(GrayImage::new(4, 8))), ..ok.clone() },
+                Request {
+                    init: init(0.0, None),
+                    ..ok.clone()
+                },
+                "strength 0",
+            ),
+            (
+                Request {
+                    init: init(0.5, Some(GrayImage::new(4, 8))),
+                    ..ok.clone()
+                },
                 "the mask is 4x8 but the initial image is 8x8",
             ),
         ] {

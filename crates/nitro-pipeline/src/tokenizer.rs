@@ -32,7 +32,9 @@ pub struct TextTokenizer {
 
 impl std::fmt::Debug for TextTokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TextTokenizer").field("origin", &self.origin).finish_non_exhaustive()
+        f.debug_struct("TextTokenizer")
+            .field("origin", &self.origin)
+            .finish_non_exhaustive()
     }
 }
 
@@ -46,7 +48,10 @@ impl TextTokenizer {
         vocabulary: usize,
     ) -> Result<Self, PipelineError> {
         let origin = tokenizer.name();
-        let bad = |reason: String| PipelineError::BadFile { file: origin.clone(), reason };
+        let bad = |reason: String| PipelineError::BadFile {
+            file: origin.clone(),
+            reason,
+        };
         let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer.read()?)
             .map_err(|e| bad(format!("not a Hugging Face tokenizer: {e}")))?;
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(0) as usize;
@@ -58,7 +63,10 @@ impl TextTokenizer {
         }
         let pad_token = end_of_text(config)?;
         let pad_id = inner.token_to_id(&pad_token).ok_or_else(|| {
-            bad(format!("it has no token {pad_token:?}, the eos_token of {}", config.name()))
+            bad(format!(
+                "it has no token {pad_token:?}, the eos_token of {}",
+                config.name()
+            ))
         })?;
         inner.with_padding(Some(PaddingParams {
             // Nitro-E pads with the end-of-text token.
@@ -68,9 +76,16 @@ impl TextTokenizer {
             ..Default::default()
         }));
         inner
-            .with_truncation(Some(TruncationParams { max_length: text_tokens, ..Default::default() }))
+            .with_truncation(Some(TruncationParams {
+                max_length: text_tokens,
+                ..Default::default()
+            }))
             .map_err(|e| bad(format!("it cannot cut texts to {text_tokens} tokens: {e}")))?;
-        Ok(Self { inner, origin, text_tokens })
+        Ok(Self {
+            inner,
+            origin,
+            text_tokens,
+        })
     }
 
     /// Ids per text.
@@ -80,10 +95,13 @@ impl TextTokenizer {
 
     /// The ids of `text`.
     pub fn encode(&self, text: &str) -> Result<Tokens, PipelineError> {
-        let encoding = self.inner.encode(text, true).map_err(|e| PipelineError::BadFile {
-            file: self.origin.clone(),
-            reason: format!("it cannot tokenise {text:?}: {e}"),
-        })?;
+        let encoding = self
+            .inner
+            .encode(text, true)
+            .map_err(|e| PipelineError::BadFile {
+                file: self.origin.clone(),
+                reason: format!("it cannot tokenise {text:?}: {e}"),
+            })?;
         // The first overflowing piece begins where the kept text ends.
         let cut = encoding.get_overflowing().first().map(|piece| {
             let start = piece
@@ -96,7 +114,11 @@ impl TextTokenizer {
         });
         Ok(Tokens {
             ids: encoding.get_ids().to_vec(),
-            length: encoding.get_attention_mask().iter().filter(|m| **m == 1).count(),
+            length: encoding
+                .get_attention_mask()
+                .iter()
+                .filter(|m| **m == 1)
+                .count(),
             cut,
         })
     }
@@ -104,7 +126,10 @@ impl TextTokenizer {
 
 /// `eos_token` of a `tokenizer_config.json`, which writes it as a string or as an object.
 fn end_of_text(config: &ModelFile) -> Result<String, PipelineError> {
-    let bad = |reason: String| PipelineError::BadFile { file: config.name(), reason };
+    let bad = |reason: String| PipelineError::BadFile {
+        file: config.name(),
+        reason,
+    };
     let json: serde_json::Value = serde_json::from_slice(&config.read()?)
         .map_err(|e| bad(format!("not a tokenizer configuration: {e}")))?;
     let eos = &json["eos_token"];

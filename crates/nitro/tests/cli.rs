@@ -20,7 +20,12 @@ fn generate(home: &Path, arguments: &[&str]) -> Output {
 
 fn command(home: &Path) -> Command {
     let mut command = nitro(home);
-    command.args(["generate", "a red circle left of a blue square", "--steps", "2"]);
+    command.args([
+        "generate",
+        "a red circle left of a blue square",
+        "--steps",
+        "2",
+    ]);
     command
 }
 
@@ -30,7 +35,12 @@ fn picture(path: &Path) -> RgbImage {
 
 /// Batches of other sizes may round the last bit another way.
 fn largest_difference(a: &RgbImage, b: &RgbImage) -> u8 {
-    a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+    a.as_raw()
+        .iter()
+        .zip(b.as_raw())
+        .map(|(a, b)| a.abs_diff(*b))
+        .max()
+        .unwrap()
 }
 
 #[test]
@@ -50,9 +60,22 @@ fn one_prompt_makes_one_picture_that_knows_how_it_was_made() {
     assert_eq!((settings.steps, settings.seed, settings.width), (2, 7, 128));
 
     // --quiet says nothing, --no-metadata keeps nothing, and the pixels stay.
-    let quiet = ["-o", "plain.png", "-s", "7", "-n", "blurry", "--no-metadata", "--quiet"];
+    let quiet = [
+        "-o",
+        "plain.png",
+        "-s",
+        "7",
+        "-n",
+        "blurry",
+        "--no-metadata",
+        "--quiet",
+    ];
     let output = generate(home.path(), &quiet);
-    assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{}", said(&output));
+    assert!(
+        output.stdout.is_empty() && output.stderr.is_empty(),
+        "{}",
+        said(&output)
+    );
     let plain = home.path().join("plain.png");
     assert_eq!(infotext(&std::fs::read(&plain).unwrap()).unwrap(), None);
     assert_eq!(picture(&plain), picture(&home.path().join("out.png")));
@@ -61,23 +84,36 @@ fn one_prompt_makes_one_picture_that_knows_how_it_was_made() {
 #[test]
 fn several_pictures_are_numbered_and_each_can_be_made_again_alone() {
     let home = tempfile::tempdir().unwrap();
-    let output = generate(home.path(), &["-N", "3", "-s", "5", "--grid", "-o", "all.png", "--json"]);
+    let output = generate(
+        home.path(),
+        &["-N", "3", "-s", "5", "--grid", "-o", "all.png", "--json"],
+    );
     let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert_eq!(json["steps"], 2);
     assert_eq!(json["guidance_scale"], 4.5);
-    let seeds: Vec<u64> =
-        json["images"].as_array().unwrap().iter().map(|i| i["seed"].as_u64().unwrap()).collect();
+    let seeds: Vec<u64> = json["images"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|i| i["seed"].as_u64().unwrap())
+        .collect();
     assert_eq!(seeds, [5, 6, 7]);
     for stage in ["load", "text", "denoise", "decode"] {
         assert!(json["seconds"][stage].as_f64().unwrap() >= 0.0);
     }
     let names = ["all-1.png", "all-2.png", "all-3.png", "all.png"].map(Path::new);
     assert_eq!(files_below(home.path()), names);
-    assert!(picture(&home.path().join("all.png")).width() > 128, "the grid is wider");
+    assert!(
+        picture(&home.path().join("all.png")).width() > 128,
+        "the grid is wider"
+    );
 
     generate(home.path(), &["-s", "6", "-o", "second.png"]);
     let [alone, together] = ["second.png", "all-2.png"].map(|f| picture(&home.path().join(f)));
-    assert!(largest_difference(&alone, &together) <= 1, "seed 6 alone makes another picture");
+    assert!(
+        largest_difference(&alone, &together) <= 1,
+        "seed 6 alone makes another picture"
+    );
 }
 
 #[test]
@@ -88,7 +124,10 @@ fn default_names_count_up_and_replace_nothing() {
     }
     let names = ["nitro-0001.png", "nitro-0002.png"].map(Path::new);
     assert_eq!(files_below(home.path()), names);
-    assert_ne!(picture(&home.path().join(names[0])), picture(&home.path().join(names[1])));
+    assert_ne!(
+        picture(&home.path().join(names[0])),
+        picture(&home.path().join(names[1]))
+    );
 }
 
 #[test]
@@ -96,7 +135,10 @@ fn cpu_and_cuda_seeds_and_shared_generators_differ() {
     let home = tempfile::tempdir().unwrap();
     generate(home.path(), &["-o", "cpu.png"]);
     generate(home.path(), &["-o", "cuda.png", "--rng", "cuda"]);
-    generate(home.path(), &["-o", "shared.png", "-N", "2", "--one-generator"]);
+    generate(
+        home.path(),
+        &["-o", "shared.png", "-N", "2", "--one-generator"],
+    );
     let load = |name: &str| picture(&home.path().join(name));
     assert_ne!(load("cpu.png"), load("cuda.png"));
     // The first picture of a shared generator is the single picture of that seed; the second goes
@@ -115,21 +157,47 @@ fn inpainting_keeps_what_the_mask_keeps_and_image_to_image_follows_its_strength(
     image.save(path("in.png")).unwrap();
     mask.save(path("mask.png")).unwrap();
     let (input, mask) = (path("in.png"), path("mask.png"));
-    generate(home.path(), &["-i", &input, "--mask", &mask, "--strength", "1", "-o", "out.png"]);
+    generate(
+        home.path(),
+        &[
+            "-i",
+            &input,
+            "--mask",
+            &mask,
+            "--strength",
+            "1",
+            "-o",
+            "out.png",
+        ],
+    );
     let out = picture(&home.path().join("out.png"));
     let kept = out.enumerate_pixels().filter(|(x, _, _)| *x >= 64);
     for (x, y, pixel) in kept {
         assert_eq!(pixel, image.get_pixel(x, y));
     }
-    let painted = out.enumerate_pixels().filter(|(x, y, p)| *x < 64 && *p != image.get_pixel(*x, *y));
+    let painted = out
+        .enumerate_pixels()
+        .filter(|(x, y, p)| *x < 64 && *p != image.get_pixel(*x, *y));
     assert!(painted.count() > 1000, "the masked half was not painted");
 
     // At strength 1 the image is forgotten: the same picture as without it.
-    generate(home.path(), &["-i", &input, "--strength", "1", "-o", "forgot.png"]);
+    generate(
+        home.path(),
+        &["-i", &input, "--strength", "1", "-o", "forgot.png"],
+    );
     generate(home.path(), &["-o", "plain.png"]);
-    assert_eq!(picture(&home.path().join("forgot.png")), picture(&home.path().join("plain.png")));
-    generate(home.path(), &["-i", &input, "--strength", "0.5", "-o", "half.png"]);
-    assert_ne!(picture(&home.path().join("half.png")), picture(&home.path().join("plain.png")));
+    assert_eq!(
+        picture(&home.path().join("forgot.png")),
+        picture(&home.path().join("plain.png"))
+    );
+    generate(
+        home.path(),
+        &["-i", &input, "--strength", "0.5", "-o", "half.png"],
+    );
+    assert_ne!(
+        picture(&home.path().join("half.png")),
+        picture(&home.path().join("plain.png"))
+    );
 }
 
 #[test]
@@ -139,22 +207,44 @@ fn variants_and_adapters_of_an_official_folder() {
     let lora = model.join("ckpt_grpo_512px");
     let run = |arguments: &[&str]| {
         let mut command = nitro(home.path());
-        command.args(["generate", "a fox", "--steps", "1", "--offline", "--json", "--model"]);
+        command.args([
+            "generate",
+            "a fox",
+            "--steps",
+            "1",
+            "--offline",
+            "--json",
+            "--model",
+        ]);
         let output = command.arg(&model).args(arguments).output().unwrap();
         assert!(output.status.success(), "{}", said(&output));
         serde_json::from_str::<Value>(&stdout(&output)).unwrap()
     };
     let base = run(&["-o", "base.png"]);
-    assert_eq!((&base["variant"], &base["guidance_scale"]), (&"base".into(), &4.5.into()));
+    assert_eq!(
+        (&base["variant"], &base["guidance_scale"]),
+        (&"base".into(), &4.5.into())
+    );
     let dist = run(&["-o", "dist.png", "--variant", "dist"]);
-    assert_eq!((&dist["width"], &dist["guidance_scale"]), (&512.into(), &0.0.into()));
+    assert_eq!(
+        (&dist["width"], &dist["guidance_scale"]),
+        (&512.into(), &0.0.into())
+    );
     run(&["-o", "grpo.png", "--variant", "grpo"]);
     run(&["-o", "merged.png", "--lora", lora.to_str().unwrap()]);
     run(&["-o", "off.png", "--lora", &format!("{}:0", lora.display())]);
     let load = |name: &str| picture(&home.path().join(name));
-    assert_eq!(load("grpo.png"), load("merged.png"), "grpo is base with its adapter");
+    assert_eq!(
+        load("grpo.png"),
+        load("merged.png"),
+        "grpo is base with its adapter"
+    );
     assert_ne!(load("grpo.png"), load("base.png"));
-    assert_eq!(load("off.png"), load("base.png"), "scale 0 switches an adapter off");
+    assert_eq!(
+        load("off.png"),
+        load("base.png"),
+        "scale 0 switches an adapter off"
+    );
 }
 
 #[test]
@@ -162,19 +252,36 @@ fn ctrl_c_ends_with_130_and_leaves_nothing() {
     let home = tempfile::tempdir().unwrap();
     let mut command = nitro(home.path());
     command.args(["generate", "a fox", "--steps", "1000", "-o", "out.png"]);
-    let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     std::thread::sleep(Duration::from_millis(1500));
     let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert!(files_below(home.path()).is_empty(), "{:?}", files_below(home.path()));
+    assert!(
+        files_below(home.path()).is_empty(),
+        "{:?}",
+        files_below(home.path())
+    );
 }
 
 #[test]
 fn model_info_counts_parameters_tokens_and_operations() {
     let home = tempfile::tempdir().unwrap();
     let run = |arguments: &[&str]| {
-        let output = nitro(home.path()).args(["model", "info"]).args(arguments).output().unwrap();
+        let output = nitro(home.path())
+            .args(["model", "info"])
+            .args(arguments)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", said(&output));
         stdout(&output)
     };
@@ -190,14 +297,24 @@ fn model_info_counts_parameters_tokens_and_operations() {
     assert_eq!(names, ["base", "grpo", "dist"]);
     let base = &json["variants"][0];
     assert_eq!(base["tokens"], serde_json::json!([256, 80, 256]));
-    assert_eq!(base["tokens_uncompressed"], serde_json::json!([256, 256, 256]));
+    assert_eq!(
+        base["tokens_uncompressed"],
+        serde_json::json!([256, 256, 256])
+    );
     assert_eq!(base["blocks"], serde_json::json!([4, 16, 4]));
     let gflop = |value: &Value| value.as_f64().unwrap();
     assert!(gflop(&base["part"]["gflop"]) < gflop(&base["gflop_uncompressed"]));
     assert!(json["image_decoder"]["gflop"].as_f64().unwrap() > 0.0);
 
     let text = run(&["embedded"]);
-    for part in ["transformer", "text encoder", "image decoder", "compressed", "GFLOP", "base"] {
+    for part in [
+        "transformer",
+        "text encoder",
+        "image decoder",
+        "compressed",
+        "GFLOP",
+        "base",
+    ] {
         assert!(text.contains(part), "{part} is missing in {text}");
     }
 }
@@ -216,7 +333,12 @@ fn the_shapes_bench_is_made_scored_and_resumed() {
     assert_eq!(summary["images"], 8);
     assert!(summary["overall"].as_f64().is_some());
     let bench = home.path().join("bench");
-    for file in ["manifest.json", "results.jsonl", "00000/metadata.jsonl", "00001/samples/0003.png"] {
+    for file in [
+        "manifest.json",
+        "results.jsonl",
+        "00000/metadata.jsonl",
+        "00001/samples/0003.png",
+    ] {
         assert!(bench.join(file).is_file(), "{file} is missing");
     }
     let manifest: Value =
@@ -230,30 +352,55 @@ fn the_shapes_bench_is_made_scored_and_resumed() {
     std::fs::remove_dir_all(&lost).unwrap();
     assert!(run("1").status.success());
     assert!(lost.join("samples/0000.png").is_file());
-    assert_eq!(std::fs::metadata(&kept).unwrap().modified().unwrap(), before);
+    assert_eq!(
+        std::fs::metadata(&kept).unwrap().modified().unwrap(),
+        before
+    );
 
     // Pictures of other settings are not mixed in.
     let output = run("2");
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
-    assert!(stderr(&output).contains("manifest.json"), "{}", said(&output));
+    assert!(
+        stderr(&output).contains("manifest.json"),
+        "{}",
+        said(&output)
+    );
 }
 
 #[test]
 fn help_explains_every_command() {
     let home = tempfile::tempdir().unwrap();
     for (arguments, says) in [
-        (&["--help"][..], &["generate", "eval", "model", "Exit codes", "HF_TOKEN"][..]),
+        (
+            &["--help"][..],
+            &["generate", "eval", "model", "Exit codes", "HF_TOKEN"][..],
+        ),
         (
             &["generate", "--help"],
-            &["--negative-prompt", "--strength", "--mask", "--lora", "--rng", "--offline", "amd/Nitro-E"],
+            &[
+                "--negative-prompt",
+                "--strength",
+                "--mask",
+                "--lora",
+                "--rng",
+                "--offline",
+                "amd/Nitro-E",
+            ],
         ),
-        (&["eval", "shapes", "--help"], &["--prompts", "--out", "--limit"]),
+        (
+            &["eval", "shapes", "--help"],
+            &["--prompts", "--out", "--limit"],
+        ),
         (&["model", "info", "--help"], &["--json"]),
     ] {
         let output = nitro(home.path()).args(arguments).output().unwrap();
         assert!(output.status.success());
         for part in says {
-            assert!(stdout(&output).contains(part), "{part} is missing in {}", stdout(&output));
+            assert!(
+                stdout(&output).contains(part),
+                "{part} is missing in {}",
+                stdout(&output)
+            );
         }
     }
 }

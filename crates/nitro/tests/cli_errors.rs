@@ -74,7 +74,11 @@ impl Workplace {
             assert!(text.contains(part), "{part:?} is missing in: {text}");
         }
         assert!(output.stdout.is_empty(), "{}", said(&output));
-        assert_eq!(files_below(self.home.path()), before, "files were left behind");
+        assert_eq!(
+            files_below(self.home.path()),
+            before,
+            "files were left behind"
+        );
     }
 
     /// A plain request fails.
@@ -95,14 +99,22 @@ fn a_model_that_is_not_there() {
     let model = |path| ["a fox", "-o", "pictures", "--model", path];
     let fails = |path, says: &[&str]| {
         let mut command = nitro(place.home.path());
-        let output = command.args(["generate", "--offline"]).args(model(path)).output().unwrap();
+        let output = command
+            .args(["generate", "--offline"])
+            .args(model(path))
+            .output()
+            .unwrap();
         assert_eq!(output.status.code(), Some(FAILED), "{}", said(&output));
         assert_eq!(stderr(&output).lines().count(), 1, "{}", said(&output));
-        says.iter().for_each(|part| assert!(stderr(&output).contains(part), "{}", said(&output)));
+        says.iter()
+            .for_each(|part| assert!(stderr(&output).contains(part), "{}", said(&output)));
     };
     std::fs::create_dir(place.home.path().join("pictures")).unwrap();
     fails("./no-such-folder", &["./no-such-folder", "no such folder"]);
-    fails("pictures", &["pictures", "nitro.json", "Nitro-E-512px.safetensors"]);
+    fails(
+        "pictures",
+        &["pictures", "nitro.json", "Nitro-E-512px.safetensors"],
+    );
 }
 
 #[test]
@@ -115,20 +127,41 @@ fn missing_weights_are_named() {
     // Without its weights a variant is not there to be chosen.
     let place = Workplace::new();
     std::fs::remove_file(place.model("Nitro-E-512px-dist.safetensors")).unwrap();
-    place.refuses(&["a fox", "--variant", "dist"], BAD_INPUT, &["`dist`", "base, grpo"]);
+    place.refuses(
+        &["a fox", "--variant", "dist"],
+        BAD_INPUT,
+        &["`dist`", "base, grpo"],
+    );
 }
 
 #[test]
 fn truncated_weights_are_named() {
-    for file in [TRANSFORMER, DECODER, LLAMA, "ckpt_grpo_512px/adapter_model.safetensors"] {
+    for file in [
+        TRANSFORMER,
+        DECODER,
+        LLAMA,
+        "ckpt_grpo_512px/adapter_model.safetensors",
+    ] {
         for keep in [0, 5, 1000, usize::MAX] {
             let place = Workplace::new();
             place.damage(file, |mut bytes| {
                 bytes.truncate(keep.min(bytes.len() - 100));
                 bytes
             });
-            let arguments = ["a fox", "--variant", "grpo", "--steps", "1", "-o", "pictures"];
-            place.refuses(&arguments, FAILED, &[file, "not a complete safetensors file"]);
+            let arguments = [
+                "a fox",
+                "--variant",
+                "grpo",
+                "--steps",
+                "1",
+                "-o",
+                "pictures",
+            ];
+            place.refuses(
+                &arguments,
+                FAILED,
+                &[file, "not a complete safetensors file"],
+            );
         }
     }
 }
@@ -147,7 +180,9 @@ fn corrupted_weights_are_named() {
 fn mismatching_weights_name_tensor_expectation_and_finding() {
     let tensor = "block_groups.1.3.attn.to_q.weight";
     let place = Workplace::new();
-    place.damage_header(TRANSFORMER, |header| header.replace(tensor, "block_groups.1.3.attn.to_x.weight"));
+    place.damage_header(TRANSFORMER, |header| {
+        header.replace(tensor, "block_groups.1.3.attn.to_x.weight")
+    });
     place.fails(&[TRANSFORMER, tensor, "no tensor"]);
 
     let place = Workplace::new();
@@ -171,14 +206,22 @@ fn mismatching_weights_name_tensor_expectation_and_finding() {
     // Parts that do not fit each other.
     let place = Workplace::new();
     place.damage("text_encoder/config.json", |json| {
-        String::from_utf8(json).unwrap().replace("\"vocab_size\": 420", "\"vocab_size\": 20").into()
+        String::from_utf8(json)
+            .unwrap()
+            .replace("\"vocab_size\": 420", "\"vocab_size\": 20")
+            .into()
     });
     place.fails(&["tokenizer.json", "419", "20"]);
 }
 
 #[test]
 fn broken_configurations_and_tokenizers_are_named() {
-    for file in [TOKENIZER, "text_encoder/tokenizer_config.json", "text_encoder/config.json", "dc-ae/config.json"] {
+    for file in [
+        TOKENIZER,
+        "text_encoder/tokenizer_config.json",
+        "text_encoder/config.json",
+        "dc-ae/config.json",
+    ] {
         for content in [&b"{"[..], b"", b"[1, 2]", b"\xff\xfe"] {
             let place = Workplace::new();
             place.damage(file, |_| content.to_vec());
@@ -197,7 +240,11 @@ fn broken_configurations_and_tokenizers_are_named() {
 fn a_size_that_the_model_cannot_make() {
     let place = Workplace::new();
     let refuses = |size: &[&str], says: &[&str]| {
-        place.refuses(&[&["a fox", "-o", "pictures"], size].concat(), BAD_INPUT, says);
+        place.refuses(
+            &[&["a fox", "-o", "pictures"], size].concat(),
+            BAD_INPUT,
+            says,
+        );
     };
     refuses(&["--size", "500"], &["500x500", "multiple of 128", "512"]);
     refuses(&["-W", "512", "-H", "1024"], &["512x1024", "square"]);
@@ -210,24 +257,45 @@ fn a_size_that_the_model_cannot_make() {
 fn settings_out_of_range() {
     let place = Workplace::new();
     let refuses = |setting: &[&str], says: &[&str]| {
-        place.refuses(&[&["a fox", "-o", "pictures"], setting].concat(), BAD_INPUT, says);
+        place.refuses(
+            &[&["a fox", "-o", "pictures"], setting].concat(),
+            BAD_INPUT,
+            says,
+        );
     };
     refuses(&["--variant", "turbo"], &["`turbo`", "base, grpo, dist"]);
     refuses(&["--steps", "0"], &["steps 0", "between 1 and 1000"]);
     refuses(&["--guidance-scale", "NaN"], &["guidance scale"]);
     refuses(&["--num-images", "0"], &["number of images 0"]);
-    refuses(&["--lora", "no-such-adapter"], &["no-such-adapter", "adapter_config.json"]);
+    refuses(
+        &["--lora", "no-such-adapter"],
+        &["no-such-adapter", "adapter_config.json"],
+    );
 }
 
 #[test]
 fn an_empty_prompt() {
     let place = Workplace::new();
     for prompt in ["", "  \t "] {
-        place.refuses(&[prompt, "-o", "pictures"], BAD_INPUT, &["prompt 1 is empty"]);
+        place.refuses(
+            &[prompt, "-o", "pictures"],
+            BAD_INPUT,
+            &["prompt 1 is empty"],
+        );
     }
-    place.refuses(&["a fox", " ", "-o", "pictures"], BAD_INPUT, &["prompt 2 is empty"]);
+    place.refuses(
+        &["a fox", " ", "-o", "pictures"],
+        BAD_INPUT,
+        &["prompt 2 is empty"],
+    );
     // Caption cleaning removes addresses, of which this prompt consists.
-    let only_address = ["https://example.com/", "-o", "pictures", "--variant", "dist"];
+    let only_address = [
+        "https://example.com/",
+        "-o",
+        "pictures",
+        "--variant",
+        "dist",
+    ];
     place.refuses(&only_address, BAD_INPUT, &["prompt 1 is empty", "cleaning"]);
     // No prompt at all is clap's to refuse.
     let output = place.generate(&[]);
@@ -238,13 +306,27 @@ fn an_empty_prompt() {
 fn an_over_long_prompt_is_cut_and_said() {
     let place = Workplace::new();
     let prompt = "a small fox in the snow, ".repeat(60);
-    let output =
-        place.generate(&[&prompt, "--variant", "dist", "--steps", "1", "-o", "pictures", "--quiet"]);
+    let output = place.generate(&[
+        &prompt,
+        "--variant",
+        "dist",
+        "--steps",
+        "1",
+        "-o",
+        "pictures",
+        "--quiet",
+    ]);
     assert!(output.status.success(), "{}", said(&output));
     let text = stderr(&output);
     assert_eq!(text.lines().count(), 1, "{text}");
-    assert!(text.starts_with("warning: ") && text.contains("128 tokens"), "{text}");
-    assert!(text.contains("left out") && text.contains("in the snow"), "{text}");
+    assert!(
+        text.starts_with("warning: ") && text.contains("128 tokens"),
+        "{text}"
+    );
+    assert!(
+        text.contains("left out") && text.contains("in the snow"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -256,7 +338,11 @@ fn an_output_that_cannot_be_written() {
     refuses("no/such/folder/out.png", FAILED, &["no/such/folder"]);
     refuses("model/nitro/out.png", FAILED, &["model/nitro"]);
     // A file is no folder.
-    refuses("model/Nitro-E-512px.safetensors/out.png", FAILED, &["Nitro-E-512px.safetensors"]);
+    refuses(
+        "model/Nitro-E-512px.safetensors/out.png",
+        FAILED,
+        &["Nitro-E-512px.safetensors"],
+    );
     refuses("out.webp", BAD_INPUT, &["out.webp", ".png"]);
 }
 
@@ -273,9 +359,16 @@ fn images_and_masks_that_do_not_fit() {
     let half = std::fs::read(&image).unwrap();
     std::fs::write(&broken, &half[..half.len() / 2]).unwrap();
     let refuses = |arguments: &[&str], says: &[&str]| {
-        place.refuses(&[&["a fox", "-o", "pictures"], arguments].concat(), BAD_INPUT, says);
+        place.refuses(
+            &[&["a fox", "-o", "pictures"], arguments].concat(),
+            BAD_INPUT,
+            says,
+        );
     };
-    refuses(&["-i", &image, "--mask", &mask], &["mask is 32x64", "initial image is 64x64"]);
+    refuses(
+        &["-i", &image, "--mask", &mask],
+        &["mask is 32x64", "initial image is 64x64"],
+    );
     refuses(&["-i", &image, "--strength", "0"], &["strength 0"]);
     refuses(&["-i", &image, "--strength", "1.5"], &["strength 1.5"]);
     refuses(&["-i", &broken], &["broken.png"]);
@@ -288,7 +381,11 @@ fn other_commands_refuse_bad_input_alike() {
     let place = Workplace::new();
     place.damage(TRANSFORMER, |bytes| bytes[..1000].to_vec());
     let run = |arguments: &[&str]| {
-        nitro(place.home.path()).args(arguments).arg("--offline").output().unwrap()
+        nitro(place.home.path())
+            .args(arguments)
+            .arg("--offline")
+            .output()
+            .unwrap()
     };
     let check = |output: &Output, code, says: &str| {
         assert_eq!(output.status.code(), Some(code), "{}", said(output));
@@ -297,10 +394,18 @@ fn other_commands_refuse_bad_input_alike() {
     };
     check(&run(&["model", "info", "model"]), FAILED, TRANSFORMER);
     check(&run(&["model", "info", "nowhere"]), FAILED, "nowhere");
-    check(&run(&["eval", "shapes", "--prompts", "nowhere.jsonl"]), BAD_INPUT, "nowhere.jsonl");
+    check(
+        &run(&["eval", "shapes", "--prompts", "nowhere.jsonl"]),
+        BAD_INPUT,
+        "nowhere.jsonl",
+    );
     let prompts = place.home.path().join("prompts.jsonl");
     std::fs::write(&prompts, "{\"tag\": 3}\n").unwrap();
     let path = prompts.to_str().unwrap();
-    check(&run(&["eval", "shapes", "--prompts", path]), BAD_INPUT, "line 1");
+    check(
+        &run(&["eval", "shapes", "--prompts", path]),
+        BAD_INPUT,
+        "line 1",
+    );
     assert!(!Path::new(&place.home.path().join("shapes-bench")).exists());
 }

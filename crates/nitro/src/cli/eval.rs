@@ -97,8 +97,12 @@ impl ShapesArgs {
         score_folder(&self.out, &options(), &mut results)?;
         // A folder may hold more prompts than this run was limited to.
         let asked: Vec<String> = prompts.iter().map(Metadata::to_json).collect();
-        let records: Vec<_> =
-            results.records().iter().filter(|r| asked.contains(&r.metadata)).cloned().collect();
+        let records: Vec<_> = results
+            .records()
+            .iter()
+            .filter(|r| asked.contains(&r.metadata))
+            .cloned()
+            .collect();
         Ok(Summary::of(&records))
     }
 

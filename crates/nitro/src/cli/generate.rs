@@ -63,7 +63,12 @@ pub(super) struct GenerateArgs {
     #[arg(short, long, value_name = "FILE")]
     init_image: Option<PathBuf>,
     /// How much of the initial image is changed, above 0 to 1
-    #[arg(long, default_value_t = 0.75, requires = "init_image", value_name = "0..1")]
+    #[arg(
+        long,
+        default_value_t = 0.75,
+        requires = "init_image",
+        value_name = "0..1"
+    )]
     strength: f64,
     /// Paint anew only where this picture, as large as the initial image, is white (inpainting)
     #[arg(long, requires = "init_image", value_name = "FILE")]
@@ -103,7 +108,9 @@ fn parse_seed(text: &str) -> Result<u64, String> {
     match text {
         // 32 bits, so that the seed means the same to every tool.
         "random" => Ok(RandomState::new().build_hasher().finish() & 0xffff_ffff),
-        number => number.parse().map_err(|_| "give a whole number of 0 or more, or `random`".into()),
+        number => number
+            .parse()
+            .map_err(|_| "give a whole number of 0 or more, or `random`".into()),
     }
 }
 
@@ -115,12 +122,15 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let outputs = Outputs::plan(args.output.as_deref())?;
 
     let progress = Progress::new(quiet);
-    let result = args.model.load(request.width.or(request.height), &progress).and_then(|pipeline| {
-        let output = interrupt::watched(|| {
-            pipeline.generate_observed(&request, &mut |event| progress.follow(event))
-        })?;
-        Ok((pipeline, output))
-    });
+    let result = args
+        .model
+        .load(request.width.or(request.height), &progress)
+        .and_then(|pipeline| {
+            let output = interrupt::watched(|| {
+                pipeline.generate_observed(&request, &mut |event| progress.follow(event))
+            })?;
+            Ok((pipeline, output))
+        });
     progress.clear();
     let (pipeline, output) = result?;
 
@@ -197,7 +207,10 @@ impl GenerateArgs {
             let images: Vec<_> = output.images.iter().map(|g| &g.image).collect();
             let text = (!self.no_metadata)
                 .then(|| self.parameters(pipeline, request, output, 0, Some(self.seed)));
-            outputs.write(path, &picture::encode_png(&picture::grid(&images), text.as_ref())?)?;
+            outputs.write(
+                path,
+                &picture::encode_png(&picture::grid(&images), text.as_ref())?,
+            )?;
         }
         Ok(Written { pictures, grid })
     }
@@ -233,7 +246,9 @@ impl GenerateArgs {
     ) -> serde_json::Value {
         let (width, height) = output.images[0].image.dimensions();
         let seconds = |timings: &Timings| {
-            let stages = timings.stages().map(|(name, time)| (name.to_owned(), json!(time.as_secs_f64())));
+            let stages = timings
+                .stages()
+                .map(|(name, time)| (name.to_owned(), json!(time.as_secs_f64())));
             let mut map = serde_json::Map::from_iter(stages);
             map.insert("load".to_owned(), json!(pipeline.load_time().as_secs_f64()));
             map

@@ -54,7 +54,12 @@ fn describe(info: &ModelInfo) -> String {
 }
 
 fn describe_variant(info: &VariantInfo, text_tokens: usize) -> String {
-    let VariantInfo { variant, config, part, .. } = info;
+    let VariantInfo {
+        variant,
+        config,
+        part,
+        ..
+    } = info;
     let guidance = match variant.guidance > 1.0 {
         true => format!("guidance {}", variant.guidance),
         false => "no guidance".to_owned(),
@@ -64,7 +69,11 @@ fn describe_variant(info: &VariantInfo, text_tokens: usize) -> String {
         variant.name,
         variant.resolution,
         variant.steps,
-        if config.use_sub_attn { "with" } else { "without" },
+        if config.use_sub_attn {
+            "with"
+        } else {
+            "without"
+        },
     );
     text += &part_line("transformer", part);
     if let Some(lora) = &variant.lora {
@@ -77,7 +86,10 @@ fn describe_variant(info: &VariantInfo, text_tokens: usize) -> String {
         "  {:<24} {:>7} {:>12} {:>14}\n",
         "image tokens", "blocks", "compressed", "uncompressed"
     );
-    for (i, name) in ["first group", "middle group", "last group"].into_iter().enumerate() {
+    for (i, name) in ["first group", "middle group", "last group"]
+        .into_iter()
+        .enumerate()
+    {
         text += &format!(
             "    {name:<22} {:>7} {:>12} {:>14}\n",
             info.blocks[i], info.tokens[i], info.tokens_uncompressed[i]
@@ -92,8 +104,15 @@ fn describe_variant(info: &VariantInfo, text_tokens: usize) -> String {
 }
 
 fn part_line(name: &str, part: &PartInfo) -> String {
-    let PartInfo { file, parameters, gflop } = part;
-    format!("  {name:<24} {:>10} {gflop:>10.2} GFLOP  {file}\n", millions(*parameters))
+    let PartInfo {
+        file,
+        parameters,
+        gflop,
+    } = part;
+    format!(
+        "  {name:<24} {:>10} {gflop:>10.2} GFLOP  {file}\n",
+        millions(*parameters)
+    )
 }
 
 fn millions(count: usize) -> String {

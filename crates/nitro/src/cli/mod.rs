@@ -72,9 +72,13 @@ enum Model {
 pub(crate) fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
-        Command::Eval(EvalCommand { command: Eval::Shapes(args) }) => eval::run(&args),
+        Command::Eval(EvalCommand {
+            command: Eval::Shapes(args),
+        }) => eval::run(&args),
         Command::Train(command) => train::run(&command),
-        Command::Model(ModelCommand { command: Model::Info(args) }) => info::run(&args),
+        Command::Model(ModelCommand {
+            command: Model::Info(args),
+        }) => info::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -64,7 +64,10 @@ enum PrecisionName {
 
 /// `FOLDER` or `FOLDER:SCALE`.
 fn parse_lora(text: &str) -> Result<(PathBuf, f64), String> {
-    match text.rsplit_once(':').map(|(folder, scale)| (folder, scale.parse::<f64>())) {
+    match text
+        .rsplit_once(':')
+        .map(|(folder, scale)| (folder, scale.parse::<f64>()))
+    {
         Some((folder, Ok(scale))) if scale.is_finite() => Ok((PathBuf::from(folder), scale)),
         Some((_, Ok(scale))) => Err(format!("the scale {scale} is not finite")),
         // A colon may belong to the folder's name.

@@ -26,8 +26,13 @@ impl Outputs {
             None => (PathBuf::from("."), None),
             Some(folder) if folder.is_dir() => (folder.to_owned(), None),
             Some(file) => {
-                let png = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
-                let stem = file.file_stem().filter(|_| png).map(|s| s.to_string_lossy().into());
+                let png = file
+                    .extension()
+                    .is_some_and(|e| e.eq_ignore_ascii_case("png"));
+                let stem = file
+                    .file_stem()
+                    .filter(|_| png)
+                    .map(|s| s.to_string_lossy().into());
                 if stem.is_none() {
                     return Err(bad_input(format!(
                         "output {}: give a file that ends in .png, or a folder that exists",
@@ -42,8 +47,11 @@ impl Outputs {
             }
         };
         // Better now than after minutes of work.
-        let probe = tempfile::Builder::new().prefix(".nitro-").tempfile_in(&folder);
-        probe.with_context(|| format!("output folder {} cannot be written to", folder.display()))?;
+        let probe = tempfile::Builder::new()
+            .prefix(".nitro-")
+            .tempfile_in(&folder);
+        probe
+            .with_context(|| format!("output folder {} cannot be written to", folder.display()))?;
         Ok(Self { folder, stem })
     }
 
@@ -59,7 +67,9 @@ impl Outputs {
             return Ok(match (count, grid) {
                 (1, false) => (vec![whole], None),
                 _ => {
-                    let files = (1..=count).map(|i| path(format!("{stem}-{i}.png"))).collect();
+                    let files = (1..=count)
+                        .map(|i| path(format!("{stem}-{i}.png")))
+                        .collect();
                     (files, grid.then_some(whole))
                 }
             });
@@ -76,7 +86,9 @@ impl Outputs {
             .with_context(|| format!("cannot list {}", self.folder.display()))?;
         let number = |name: &str| {
             let digits = name.strip_prefix(DEFAULT_STEM)?.strip_prefix('-')?;
-            let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
+            let end = digits
+                .find(|c: char| !c.is_ascii_digit())
+                .unwrap_or(digits.len());
             digits[..end].parse::<usize>().ok()
         };
         let largest = entries
@@ -113,7 +125,10 @@ mod tests {
     use super::*;
 
     fn names(paths: &[PathBuf]) -> Vec<String> {
-        paths.iter().map(|p| p.file_name().unwrap().to_string_lossy().into_owned()).collect()
+        paths
+            .iter()
+            .map(|p| p.file_name().unwrap().to_string_lossy().into_owned())
+            .collect()
     }
 
     #[test]
@@ -129,7 +144,11 @@ mod tests {
         outputs.write(&file, b"one").unwrap();
         outputs.write(&file, b"two").unwrap();
         assert_eq!(std::fs::read(&file).unwrap(), b"two");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
+        assert_eq!(
+            std::fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "nothing else is left"
+        );
     }
 
     #[test]

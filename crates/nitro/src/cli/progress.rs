@@ -32,7 +32,9 @@ impl Progress {
 
     /// Shows a bar for `total` of something.
     pub(super) fn count(&self, name: &str, total: u64) {
-        self.bar.set_style(style("{msg} {wide_bar} {pos}/{len} [{elapsed}, {eta} left]"));
+        self.bar.set_style(style(
+            "{msg} {wide_bar} {pos}/{len} [{elapsed}, {eta} left]",
+        ));
         self.bar.reset();
         self.bar.set_length(total);
         self.bar.set_message(name.to_owned());
@@ -74,11 +76,17 @@ pub(super) struct Downloads {
 
 impl Downloads {
     pub(super) fn new(quiet: bool) -> Self {
-        Self { quiet, bar: Mutex::new(ProgressBar::hidden()) }
+        Self {
+            quiet,
+            bar: Mutex::new(ProgressBar::hidden()),
+        }
     }
 
     fn with(&self, act: impl FnOnce(&mut ProgressBar)) {
-        act(&mut self.bar.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        act(&mut self
+            .bar
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()));
     }
 }
 

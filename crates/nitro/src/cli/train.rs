@@ -87,7 +87,11 @@ struct PlanArgs {
 
 impl PlanArgs {
     fn plan(&self) -> LatentsPlan {
-        LatentsPlan { shards: self.shards, image_size: self.image_size, seed: self.latents_seed }
+        LatentsPlan {
+            shards: self.shards,
+            image_size: self.image_size,
+            seed: self.latents_seed,
+        }
     }
 }
 
@@ -100,7 +104,10 @@ struct CommonArgs {
 
 impl CommonArgs {
     fn options(&self) -> RunOptions {
-        RunOptions { quiet: self.quiet, stop: Some(interrupt::flag()) }
+        RunOptions {
+            quiet: self.quiet,
+            stop: Some(interrupt::flag()),
+        }
     }
 }
 
@@ -110,12 +117,19 @@ pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
     interrupt::watched(|| match command {
         TrainCommand::Run(args) => {
             let config = RunConfig::load(&args.config, &args.overrides)?;
-            Ok(miniature::run(&config, &args.dir, &args.export, &args.common.options())?)
+            Ok(miniature::run(
+                &config,
+                &args.dir,
+                &args.export,
+                &args.common.options(),
+            )?)
         }
         TrainCommand::Latents(args) => {
             let precision = nitro_ops::Precision::Bf16;
             let (model, plan, options) = (&args.model, args.plan.plan(), args.common.options());
-            Ok(miniature::cache_latents(model, &args.out, plan, precision, &options)?)
+            Ok(miniature::cache_latents(
+                model, &args.out, plan, precision, &options,
+            )?)
         }
         TrainCommand::Miniature(args) => {
             let miniature = Miniature::load(&args.configs, args.plan.plan())?;

@@ -12,26 +12,26 @@ use std::sync::{Arc, Mutex};
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// The token that opens gated repositories.
-pub const TOKEN: &str = "hf_test_token";
+pub(crate) const TOKEN: &str = "hf_test_token";
 
 /// A request that the server got.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub(crate) struct Seen {
     /// Path of the address.
-    pub path: String,
+    pub(crate) path: String,
     /// `Range` header.
-    pub range: Option<String>,
+    pub(crate) range: Option<String>,
     /// `Authorization` header.
-    pub authorization: Option<String>,
+    pub(crate) authorization: Option<String>,
 }
 
 /// How the server behaves.
 #[derive(Clone, Default)]
-pub struct Behaviour {
+pub(crate) struct Behaviour {
     /// Repositories that want the token.
-    pub gated: Vec<String>,
+    pub(crate) gated: Vec<String>,
     /// Files whose transfers break after so many bytes, and how many times that happens.
-    pub breaks: HashMap<String, (usize, usize)>,
+    pub(crate) breaks: HashMap<String, (usize, usize)>,
 }
 
 struct State {
@@ -43,21 +43,24 @@ struct State {
 }
 
 /// The running server; it stops when dropped.
-pub struct HubServer {
+pub(crate) struct HubServer {
     state: Arc<State>,
     port: u16,
 }
 
 impl HubServer {
     /// Serves each folder as the repository `org/name`.
-    pub fn start(
+    pub(crate) fn start(
         repositories: impl IntoIterator<Item = (&'static str, PathBuf)>,
         behaviour: Behaviour,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = Arc::new(State {
-            repositories: repositories.into_iter().map(|(n, p)| (n.to_owned(), p)).collect(),
+            repositories: repositories
+                .into_iter()
+                .map(|(n, p)| (n.to_owned(), p))
+                .collect(),
             behaviour: Mutex::new(behaviour),
             seen: Mutex::default(),
             address: format!("http://127.0.0.1:{port}"),
@@ -78,12 +81,15 @@ impl HubServer {
     }
 
     /// The golden pipeline's files under the official names.
-    pub fn official(behaviour: Behaviour) -> Self {
+    pub(crate) fn official(behaviour: Behaviour) -> Self {
         let model = super::golden_model();
         Self::start(
             [
                 ("amd/Nitro-E", model.clone()),
-                ("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", model.join("dc-ae")),
+                (
+                    "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
+                    model.join("dc-ae"),
+                ),
                 ("meta-llama/Llama-3.2-1B", model.join("text_encoder")),
             ],
             behaviour,
@@ -91,12 +97,12 @@ impl HubServer {
     }
 
     /// For `HF_ENDPOINT`.
-    pub fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.state.address
     }
 
     /// All requests so far.
-    pub fn seen(&self) -> Vec<Seen> {
+    pub(crate) fn seen(&self) -> Vec<Seen> {
         self.state.seen.lock().unwrap().clone()
     }
 }
@@ -113,7 +119,11 @@ fn answer(state: &State, stream: TcpStream) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
-    let path = line.split_whitespace().nth(1).unwrap_or_default().to_owned();
+    let path = line
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_default()
+        .to_owned();
     let head_only = line.starts_with("HEAD");
     let mut headers = HashMap::new();
     loop {
@@ -126,8 +136,11 @@ fn answer(state: &State, stream: TcpStream) -> std::io::Result<()> {
         }
     }
     let header = |name: &str| headers.get(name).cloned();
-    let seen =
-        Seen { path: path.clone(), range: header("range"), authorization: header("authorization") };
+    let seen = Seen {
+        path: path.clone(),
+        range: header("range"),
+        authorization: header("authorization"),
+    };
     state.seen.lock().unwrap().push(seen.clone());
     respond(state, stream, &seen, head_only)
 }
@@ -139,7 +152,10 @@ fn respond(
     head_only: bool,
 ) -> std::io::Result<()> {
     let mut refuse = |status: &str| {
-        write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        write!(
+            stream,
+            "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
     };
     let (content_server, path) = match seen.path.strip_prefix("/content/") {
         Some(path) => (true, path),
@@ -152,7 +168,13 @@ fn respond(
         // What the Hub says of a repository that does not exist.
         return refuse("401 Unauthorized");
     };
-    let gated = state.behaviour.lock().unwrap().gated.iter().any(|g| g == repository);
+    let gated = state
+        .behaviour
+        .lock()
+        .unwrap()
+        .gated
+        .iter()
+        .any(|g| g == repository);
     if gated && !content_server {
         match seen.authorization.as_deref() {
             Some(sent) if sent == format!("Bearer {TOKEN}") => {}
@@ -206,6 +228,8 @@ fn respond(
 fn parse_range(range: &str, length: usize) -> Option<(usize, usize)> {
     let (start, end) = range.strip_prefix("bytes=")?.split_once('-')?;
     let start: usize = start.parse().ok()?;
-    let end = end.parse::<usize>().map_or(length, |end| (end + 1).min(length));
+    let end = end
+        .parse::<usize>()
+        .map_or(length, |end| (end + 1).min(length));
     (start < end).then_some((start, end))
 }

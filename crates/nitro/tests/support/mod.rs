@@ -1,31 +1,46 @@
 //! What the tests of the command share: running it, and model folders to run it on.
 #![allow(dead_code)] // each test binary uses its part
 
-pub mod hub_server;
+pub(crate) mod hub_server;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// The golden pipeline's model: the official layout with tiny random weights.
-pub fn golden_model() -> PathBuf {
+pub(crate) fn golden_model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/pipeline/model")
 }
 
 /// A command line that sees none of the caller's Hub settings, cache or model.
-pub fn nitro(home: &Path) -> Command {
+pub(crate) fn nitro(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nitro"));
-    for name in ["HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "NITRO_MODEL"] {
+    for name in [
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "NITRO_MODEL",
+    ] {
         command.env_remove(name);
     }
-    for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
+    for name in [
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ] {
         command.env_remove(name);
     }
-    command.env("HF_HOME", home.join("huggingface")).current_dir(home);
+    command
+        .env("HF_HOME", home.join("huggingface"))
+        .current_dir(home);
     command
 }
 
 /// What the command said, for messages.
-pub fn said(output: &Output) -> String {
+pub(crate) fn said(output: &Output) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     format!(
         "exit code {:?}\nstdout: {}\nstderr: {}",
@@ -36,17 +51,17 @@ pub fn said(output: &Output) -> String {
 }
 
 /// Standard error as text.
-pub fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// Standard output as text.
-pub fn stdout(output: &Output) -> String {
+pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Copies a folder with everything in it; the copies can be written to.
-pub fn copy_folder(from: &Path, to: &Path) {
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
@@ -60,7 +75,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
 }
 
 /// All files below `folder`, relative to it, sorted.
-pub fn files_below(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn files_below(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![folder.to_owned()];
     while let Some(folder) = open.pop() {
@@ -73,8 +88,10 @@ pub fn files_below(folder: &Path) -> Vec<PathBuf> {
             }
         }
     }
-    let mut found: Vec<PathBuf> =
-        found.iter().map(|p| p.strip_prefix(folder).unwrap().to_owned()).collect();
+    let mut found: Vec<PathBuf> = found
+        .iter()
+        .map(|p| p.strip_prefix(folder).unwrap().to_owned())
+        .collect();
     found.sort();
     found
 }
