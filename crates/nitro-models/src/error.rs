@@ -57,7 +57,10 @@ pub enum WeightError {
         found: String,
     },
     /// A source holds tensors that the model has no place for.
-    #[error("{origin} holds tensors the model has no place for: {}", first_few(names))]
+    #[error(
+        "{origin} holds tensors the model has no place for: {}",
+        first_few(names)
+    )]
     Unexpected {
         /// File, folder or other source.
         origin: String,

@@ -17,7 +17,10 @@ impl Linear {
     /// With a bias.
     pub fn new(p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Self, WeightError> {
         let bias = p.tensor("bias", [outputs], fan_in_init(inputs))?;
-        Ok(Self { bias: Some(bias), ..Self::without_bias(p, inputs, outputs)? })
+        Ok(Self {
+            bias: Some(bias),
+            ..Self::without_bias(p, inputs, outputs)?
+        })
     }
 
     /// Without a bias.
@@ -27,7 +30,11 @@ impl Linear {
         outputs: usize,
     ) -> Result<Self, WeightError> {
         let weight = p.tensor("weight", [outputs, inputs], fan_in_init(inputs))?;
-        Ok(Self { weight, bias: None, precision: p.precision() })
+        Ok(Self {
+            weight,
+            bias: None,
+            precision: p.precision(),
+        })
     }
 
     /// A 1x1 `torch.nn.Conv2d`, weight `[out, in, 1, 1]`: over channel-last images, a linear layer.
@@ -39,8 +46,14 @@ impl Linear {
     ) -> Result<Self, WeightError> {
         let init = fan_in_init(inputs);
         let weight = p.tensor("weight", [outputs, inputs, 1, 1], init)?;
-        let bias = bias.then(|| p.tensor("bias", [outputs], init)).transpose()?;
-        Ok(Self { weight: weight.reshape([outputs, inputs]), bias, precision: p.precision() })
+        let bias = bias
+            .then(|| p.tensor("bias", [outputs], init))
+            .transpose()?;
+        Ok(Self {
+            weight: weight.reshape([outputs, inputs]),
+            bias,
+            precision: p.precision(),
+        })
     }
 
     /// A `torch.nn.Conv2d` whose stride is its kernel size, weight `[out, in, patch, patch]`: over
@@ -55,7 +68,11 @@ impl Linear {
         let init = fan_in_init(fan_in);
         let weight = p.tensor("weight", [outputs, inputs, patch, patch], init)?;
         let bias = Some(p.tensor("bias", [outputs], init)?);
-        Ok(Self { weight: weight.reshape([outputs, fan_in]), bias, precision: p.precision() })
+        Ok(Self {
+            weight: weight.reshape([outputs, fan_in]),
+            bias,
+            precision: p.precision(),
+        })
     }
 
     /// Several layers without bias over the same input as one product: their outputs, `outputs`
@@ -67,10 +84,15 @@ impl Linear {
         outputs: usize,
     ) -> Result<Self, WeightError> {
         let weights = names.iter().map(|name| {
-            p.sub(name).tensor::<2>("weight", [outputs, inputs], fan_in_init(inputs))
+            p.sub(name)
+                .tensor::<2>("weight", [outputs, inputs], fan_in_init(inputs))
         });
         let weight = Tensor::cat(weights.collect::<Result<Vec<_>, _>>()?, 0);
-        Ok(Self { weight, bias: None, precision: p.precision() })
+        Ok(Self {
+            weight,
+            bias: None,
+            precision: p.precision(),
+        })
     }
 
     /// Where the weights are.
@@ -85,7 +107,13 @@ impl Linear {
 
     /// `activation(linear(x))` in one pass.
     pub fn forward_with<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
-        linear(x, &self.weight, self.bias.as_ref(), activation, self.precision)
+        linear(
+            x,
+            &self.weight,
+            self.bias.as_ref(),
+            activation,
+            self.precision,
+        )
     }
 }
 
@@ -118,20 +146,40 @@ pub struct ConvSpec {
 impl ConvSpec {
     /// A dense convolution of stride 1 with a bias.
     pub fn new(inputs: usize, outputs: usize, kernel: usize) -> Self {
-        Self { inputs, outputs, kernel, stride: 1, groups: 1, bias: true }
+        Self {
+            inputs,
+            outputs,
+            kernel,
+            stride: 1,
+            groups: 1,
+            bias: true,
+        }
     }
 }
 
 impl Conv2d {
     /// The convolution that `spec` describes.
     pub fn new(p: &Params<'_>, spec: ConvSpec) -> Result<Self, WeightError> {
-        let ConvSpec { inputs, outputs, kernel, stride, groups, bias } = spec;
+        let ConvSpec {
+            inputs,
+            outputs,
+            kernel,
+            stride,
+            groups,
+            bias,
+        } = spec;
         let per_group = inputs / groups;
         let init = fan_in_init(per_group * kernel * kernel);
         Ok(Self {
             weight: p.tensor("weight", [outputs, per_group, kernel, kernel], init)?,
-            bias: bias.then(|| p.tensor("bias", [outputs], init)).transpose()?,
-            geometry: ConvGeometry { stride, padding: kernel / 2, groups },
+            bias: bias
+                .then(|| p.tensor("bias", [outputs], init))
+                .transpose()?,
+            geometry: ConvGeometry {
+                stride,
+                padding: kernel / 2,
+                groups,
+            },
             precision: p.precision(),
         })
     }
@@ -143,7 +191,14 @@ impl Conv2d {
 
     /// `activation(conv(x))` in one pass.
     pub fn forward_with(&self, x: Tensor<4>, activation: Activation) -> Tensor<4> {
-        conv2d(x, &self.weight, self.bias.as_ref(), self.geometry, activation, self.precision)
+        conv2d(
+            x,
+            &self.weight,
+            self.bias.as_ref(),
+            self.geometry,
+            activation,
+            self.precision,
+        )
     }
 }
 
@@ -158,13 +213,20 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// `weight [width]` alone.
     pub fn new(p: &Params<'_>, width: usize, eps: f64) -> Result<Self, WeightError> {
-        Ok(Self { weight: p.tensor("weight", [width], Init::Ones)?, bias: None, eps })
+        Ok(Self {
+            weight: p.tensor("weight", [width], Init::Ones)?,
+            bias: None,
+            eps,
+        })
     }
 
     /// `weight [width]` and `bias [width]`.
     pub fn with_bias(p: &Params<'_>, width: usize, eps: f64) -> Result<Self, WeightError> {
         let bias = p.tensor("bias", [width], Init::Zeros)?;
-        Ok(Self { bias: Some(bias), ..Self::new(p, width, eps)? })
+        Ok(Self {
+            bias: Some(bias),
+            ..Self::new(p, width, eps)?
+        })
     }
 
     /// Normalises each run of `width` channels of the last dimension.

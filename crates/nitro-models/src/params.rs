@@ -67,24 +67,37 @@ pub struct Params<'a> {
 
 impl fmt::Debug for Params<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Params").field("prefix", &self.prefix).finish_non_exhaustive()
+        f.debug_struct("Params")
+            .field("prefix", &self.prefix)
+            .finish_non_exhaustive()
     }
 }
 
 impl<'a> Params<'a> {
     /// The root of `source`; tensors are put on `device`, products computed in `precision`.
     pub fn new(source: &'a dyn ParameterSource, device: &Device, precision: Precision) -> Self {
-        Self { source, prefix: String::new(), device: device.clone(), precision }
+        Self {
+            source,
+            prefix: String::new(),
+            device: device.clone(),
+            precision,
+        }
     }
 
     /// The subtree `name`.
     pub fn sub(&self, name: impl fmt::Display) -> Self {
-        Self { prefix: self.name(name), ..self.clone() }
+        Self {
+            prefix: self.name(name),
+            ..self.clone()
+        }
     }
 
     /// The same position, with products in another precision.
     pub fn with_precision(&self, precision: Precision) -> Self {
-        Self { precision, ..self.clone() }
+        Self {
+            precision,
+            ..self.clone()
+        }
     }
 
     /// The full official name of `leaf`.
@@ -130,7 +143,10 @@ impl<'a> Params<'a> {
         if self.contains(leaf) {
             self.get(leaf, shape, Init::Zeros, false)
         } else {
-            Ok(Tensor::from_data(TensorData::new(default(), shape), &self.device))
+            Ok(Tensor::from_data(
+                TensorData::new(default(), shape),
+                &self.device,
+            ))
         }
     }
 
@@ -141,8 +157,12 @@ impl<'a> Params<'a> {
         init: Init,
         trainable: bool,
     ) -> Result<Tensor<D>, WeightError> {
-        let spec =
-            ParameterSpec { name: self.name(leaf), shape: shape.to_vec(), init, trainable };
+        let spec = ParameterSpec {
+            name: self.name(leaf),
+            shape: shape.to_vec(),
+            init,
+            trainable,
+        };
         Ok(self.source.parameter(&spec, &self.device)?.reshape(shape))
     }
 }

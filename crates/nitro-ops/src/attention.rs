@@ -25,7 +25,11 @@ pub struct Qkv {
 
 impl Qkv {
     fn handles(&self) -> Option<[Handle; 3]> {
-        Some([Handle::of(&self.q)?, Handle::of(&self.k)?, Handle::of(&self.v)?])
+        Some([
+            Handle::of(&self.q)?,
+            Handle::of(&self.k)?,
+            Handle::of(&self.v)?,
+        ])
     }
 }
 
@@ -47,7 +51,13 @@ pub struct AttentionShape {
 impl AttentionShape {
     /// Full attention of `heads` heads.
     pub fn full(heads: usize) -> Self {
-        Self { heads, kv_heads: heads, groups: 1, run: 1, causal: false }
+        Self {
+            heads,
+            kv_heads: heads,
+            groups: 1,
+            run: 1,
+            causal: false,
+        }
     }
 }
 
@@ -61,12 +71,22 @@ pub fn joint_attention(image: Qkv, text: Qkv, shape: AttentionShape) -> (Tensor<
     let [_, text_tokens, width] = text.q.dims();
     if let (Some([iq, ik, iv]), Some([tq, tk, tv])) = (image.handles(), text.handles()) {
         // Both outputs in one array, one after the other.
-        let op = AttentionOp { shape, segments: 2, key_mask: None };
+        let op = AttentionOp {
+            shape,
+            segments: 2,
+            key_mask: None,
+        };
         let both: Tensor<1> = apply(op, [iq, ik, iv, tq, tk, tv]).into_tensor();
         let split = batch * image_tokens * width;
         let end = split + batch * text_tokens * width;
-        let image = both.clone().slice(0..split).reshape([batch, image_tokens, width]);
-        return (image, both.slice(split..end).reshape([batch, text_tokens, width]));
+        let image = both
+            .clone()
+            .slice(0..split)
+            .reshape([batch, image_tokens, width]);
+        return (
+            image,
+            both.slice(split..end).reshape([batch, text_tokens, width]),
+        );
     }
     let join = |a: Tensor<3>, b: Tensor<3>| {
         Tensor::cat(vec![to_groups(a, &shape), to_groups(b, &shape)], 1)
@@ -87,9 +107,23 @@ pub fn joint_attention(image: Qkv, text: Qkv, shape: AttentionShape) -> (Tensor<
 pub fn attention(qkv: Qkv, shape: AttentionShape, key_mask: Option<Tensor<2, Bool>>) -> Tensor<3> {
     if let Some([q, k, v]) = qkv.handles() {
         let mask = key_mask.map(|mask| mask.into_data().iter::<bool>().collect::<Arc<[bool]>>());
-        let op = AttentionOp { shape, segments: 1, key_mask: mask };
-        let y: Tensor<1> = apply(op, [q, k, v, Handle::absent(), Handle::absent(), Handle::absent()])
-            .into_tensor();
+        let op = AttentionOp {
+            shape,
+            segments: 1,
+            key_mask: mask,
+        };
+        let y: Tensor<1> = apply(
+            op,
+            [
+                q,
+                k,
+                v,
+                Handle::absent(),
+                Handle::absent(),
+                Handle::absent(),
+            ],
+        )
+        .into_tensor();
         return y.reshape(qkv.q.dims());
     }
     softmax_attention(qkv.q, qkv.k, qkv.v, &shape, key_mask)
@@ -102,7 +136,9 @@ fn to_groups(x: Tensor<3>, shape: &AttentionShape) -> Tensor<3> {
         return x;
     }
     let [b, t, c] = x.dims();
-    x.reshape([b, t / (s * n), s, n, c]).swap_dims(1, 2).reshape([b * s, t / s, c])
+    x.reshape([b, t / (s * n), s, n, c])
+        .swap_dims(1, 2)
+        .reshape([b * s, t / s, c])
 }
 
 /// `(b s) (l n) c -> b (l s n) c`.
@@ -112,7 +148,9 @@ fn from_groups(x: Tensor<3>, b: usize, shape: &AttentionShape) -> Tensor<3> {
         return x;
     }
     let [_, t, c] = x.dims();
-    x.reshape([b, s, t / n, n, c]).swap_dims(1, 2).reshape([b, t * s, c])
+    x.reshape([b, s, t / n, n, c])
+        .swap_dims(1, 2)
+        .reshape([b, t * s, c])
 }
 
 fn softmax_attention(
@@ -129,7 +167,9 @@ fn softmax_attention(
     let heads = |x: Tensor<3>, h: usize| x.reshape([b, t, h, d]).swap_dims(1, 2);
     let expand = |x: Tensor<4>| {
         // [b, kv, t, d] -> [b, kv * repeat, t, d], each head `repeat` times in a row
-        x.unsqueeze_dim::<5>(2).repeat_dim(2, repeat).reshape([b, shape.heads, t, d])
+        x.unsqueeze_dim::<5>(2)
+            .repeat_dim(2, repeat)
+            .reshape([b, shape.heads, t, d])
     };
     let q = heads(q, shape.heads);
     let k = expand(heads(k, shape.kv_heads));
@@ -137,10 +177,16 @@ fn softmax_attention(
     let mut scores = q.matmul(k.swap_dims(2, 3)) * (d as f64).powf(-0.5); // [b, h, t, t]
     if shape.causal {
         let hidden = Tensor::<2, Bool>::tril_mask([t, t], 0, &scores.device());
-        scores = scores.mask_fill(hidden.unsqueeze::<4>().expand([b, shape.heads, t, t]), -1e30);
+        scores = scores.mask_fill(
+            hidden.unsqueeze::<4>().expand([b, shape.heads, t, t]),
+            -1e30,
+        );
     }
     if let Some(mask) = key_mask {
-        let hidden = mask.bool_not().reshape([b, 1, 1, t]).expand([b, shape.heads, t, t]);
+        let hidden = mask
+            .bool_not()
+            .reshape([b, 1, 1, t])
+            .expand([b, shape.heads, t, t]);
         scores = scores.mask_fill(hidden, -1e30);
     }
     let y = activation::softmax(scores, 3).matmul(v); // [b, h, t, d]
@@ -159,9 +205,21 @@ struct AttentionOp {
 impl AttentionOp {
     fn config(&self, q: &Array) -> AttentionConfig {
         let dims = q.dims();
-        let AttentionShape { heads, kv_heads, groups, run, causal } = self.shape;
+        let AttentionShape {
+            heads,
+            kv_heads,
+            groups,
+            run,
+            causal,
+        } = self.shape;
         let joint = AttentionConfig::joint(dims[0], heads, dims[2] / heads);
-        AttentionConfig { kv_heads, groups, run, causal, ..joint }
+        AttentionConfig {
+            kv_heads,
+            groups,
+            run,
+            causal,
+            ..joint
+        }
     }
 
     fn segments<'a>(&self, inputs: &'a [Array; 6]) -> Vec<Segment<'a>> {
@@ -171,7 +229,11 @@ impl AttentionOp {
             v: qkv[2].data(),
             tokens: qkv[0].dims()[1],
         };
-        inputs.chunks_exact(3).take(self.segments).map(segment).collect()
+        inputs
+            .chunks_exact(3)
+            .take(self.segments)
+            .map(segment)
+            .collect()
     }
 
     /// Cuts an array of all segments' outputs at the end of the first.
@@ -189,7 +251,10 @@ impl FusedOp<6> for AttentionOp {
         let segments = self.segments(inputs);
         let tokens: usize = segments.iter().map(|segment| segment.tokens).sum();
         let size = inputs[0].len() + inputs[3].len();
-        let (mut y, mut lse) = (vec![0.0; size], vec![0.0; config.batch * config.heads * tokens]);
+        let (mut y, mut lse) = (
+            vec![0.0; size],
+            vec![0.0; config.batch * config.heads * tokens],
+        );
         let (first, second) = y.split_at_mut(self.cut(inputs));
         let mut outs = [first, second];
         kernel(attention_forward(
@@ -215,8 +280,18 @@ impl FusedOp<6> for AttentionOp {
         let (grad_first, grad_second) = grad.data().split_at(self.cut(inputs));
         let mut results = inputs.each_ref().map(|input| vec![0.0; input.len()]);
         let [iq, ik, iv, tq, tk, tv] = &mut results;
-        let mut grads =
-            [SegmentGrads { dq: iq, dk: ik, dv: iv }, SegmentGrads { dq: tq, dk: tk, dv: tv }];
+        let mut grads = [
+            SegmentGrads {
+                dq: iq,
+                dk: ik,
+                dv: iv,
+            },
+            SegmentGrads {
+                dq: tq,
+                dk: tk,
+                dv: tv,
+            },
+        ];
         kernel(attention_backward(
             &self.config(&inputs[0]),
             &self.segments(inputs),
@@ -255,7 +330,9 @@ pub fn relu_linear_attention(qkv: Tensor<3>, head_dim: usize, eps: f64) -> Tenso
     let k_sum = k.sum_dim(2).swap_dims(2, 3); // [b, g, d, 1]
     let numerator = q.clone().matmul(kv); // [b, g, n, d]
     let denominator = q.matmul(k_sum) + eps; // [b, g, n, 1]
-    (numerator / denominator).swap_dims(1, 2).reshape([b, n, groups * head_dim])
+    (numerator / denominator)
+        .swap_dims(1, 2)
+        .reshape([b, n, groups * head_dim])
 }
 
 /// The epsilon of the official code, which the kernel has built in.
@@ -285,13 +362,30 @@ impl FusedOp<1> for LinearAttentionOp {
         let shape = self.shape(qkv);
         let mut y = vec![0.0; qkv.len() / 3];
         kernel(relu_linear_attention_forward(shape, qkv.data(), &mut y));
-        (Array::new(y, &[shape.batch, shape.tokens, shape.groups * shape.head_dim]), ())
+        (
+            Array::new(
+                y,
+                &[shape.batch, shape.tokens, shape.groups * shape.head_dim],
+            ),
+            (),
+        )
     }
 
-    fn backward(&self, [qkv]: &[Array; 1], (): &(), grad: &Array, _: [bool; 1]) -> [Option<Array>; 1] {
+    fn backward(
+        &self,
+        [qkv]: &[Array; 1],
+        (): &(),
+        grad: &Array,
+        _: [bool; 1],
+    ) -> [Option<Array>; 1] {
         let mut dqkv = vec![0.0; qkv.len()];
         let shape = self.shape(qkv);
-        kernel(relu_linear_attention_backward(shape, qkv.data(), grad.data(), &mut dqkv));
+        kernel(relu_linear_attention_backward(
+            shape,
+            qkv.data(),
+            grad.data(),
+            &mut dqkv,
+        ));
         [Some(Array::new(dqkv, &qkv.dims()))]
     }
 }

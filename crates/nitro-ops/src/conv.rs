@@ -4,9 +4,7 @@ use burn::tensor::Tensor;
 use burn::tensor::module::conv2d as burn_conv2d;
 use burn::tensor::ops::ConvOptions;
 
-use nitro_kernels::conv::{
-    Conv2d, conv2d_backward_input, conv2d_backward_weight, conv2d_forward,
-};
+use nitro_kernels::conv::{Conv2d, conv2d_backward_input, conv2d_backward_weight, conv2d_forward};
 use nitro_kernels::gemm::{Epilogue, MatRef, column_sum};
 
 use crate::fused::{Array, FusedOp, Handle, apply};
@@ -34,12 +32,24 @@ pub fn conv2d(
     activation: Activation,
     precision: Precision,
 ) -> Tensor<4> {
-    let inputs = (Handle::of(&x), Handle::of(weight), Handle::optional(&bias.cloned()));
+    let inputs = (
+        Handle::of(&x),
+        Handle::of(weight),
+        Handle::optional(&bias.cloned()),
+    );
     if let (Some(x), Some(weight), Some(bias)) = inputs {
-        let op = ConvOp { geometry, activation, precision };
+        let op = ConvOp {
+            geometry,
+            activation,
+            precision,
+        };
         return apply(op, [x, weight, bias]).into_tensor();
     }
-    let ConvGeometry { stride, padding, groups } = geometry;
+    let ConvGeometry {
+        stride,
+        padding,
+        groups,
+    } = geometry;
     let options = ConvOptions::new([stride; 2], [padding; 2], [1, 1], groups);
     let x = x.permute([0, 3, 1, 2]);
     let y = burn_conv2d(x, weight.clone(), bias.cloned(), options);
@@ -56,7 +66,11 @@ struct ConvOp {
 impl ConvOp {
     fn sizes(&self, x: &Array, weight: &Array) -> Conv2d {
         let (x, weight) = (x.dims(), weight.dims());
-        let ConvGeometry { stride, padding, groups } = self.geometry;
+        let ConvGeometry {
+            stride,
+            padding,
+            groups,
+        } = self.geometry;
         Conv2d {
             batch: x[0],
             height: x[1],
@@ -77,7 +91,12 @@ impl FusedOp<3> for ConvOp {
 
     fn forward(&self, [x, weight, bias]: &[Array; 3], keep: bool) -> (Array, Self::Saved) {
         let conv = self.sizes(x, weight);
-        let dims = [conv.batch, conv.out_height(), conv.out_width(), conv.out_channels];
+        let dims = [
+            conv.batch,
+            conv.out_height(),
+            conv.out_width(),
+            conv.out_channels,
+        ];
         let mut y = vec![0.0; conv.output_len()];
         let keep = keep && self.activation != Activation::None;
         let mut before = if keep { vec![0.0; y.len()] } else { Vec::new() };
@@ -87,8 +106,19 @@ impl FusedOp<3> for ConvOp {
             pre_activation: keep.then_some(before.as_mut_slice()),
         };
         let (x, weight) = (x.data(), weight.data());
-        kernel(conv2d_forward(&conv, x, weight, &mut y, false, epilogue, self.precision));
-        (Array::new(y, &dims), keep.then(|| Array::new(before, &dims)))
+        kernel(conv2d_forward(
+            &conv,
+            x,
+            weight,
+            &mut y,
+            false,
+            epilogue,
+            self.precision,
+        ));
+        (
+            Array::new(y, &dims),
+            keep.then(|| Array::new(before, &dims)),
+        )
     }
 
     fn backward(
@@ -109,13 +139,26 @@ impl FusedOp<3> for ConvOp {
         };
         let dx = needed[0].then(|| {
             let mut dx = vec![0.0; x.len()];
-            kernel(conv2d_backward_input(&conv, dy, weight.data(), &mut dx, self.precision));
+            kernel(conv2d_backward_input(
+                &conv,
+                dy,
+                weight.data(),
+                &mut dx,
+                self.precision,
+            ));
             Array::new(dx, &x.dims())
         });
         let dw = needed[1].then(|| {
             let mut dw = vec![0.0; weight.len()];
             let x = x.data();
-            kernel(conv2d_backward_weight(&conv, x, dy, &mut dw, false, self.precision));
+            kernel(conv2d_backward_weight(
+                &conv,
+                x,
+                dy,
+                &mut dw,
+                false,
+                self.precision,
+            ));
             Array::new(dw, &weight.dims())
         });
         let db = (needed[2] && bias.len() > 0).then(|| {

@@ -11,8 +11,8 @@ pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if let Some(x) = Handle::of(&x) {
         return apply(Pointwise::GeluTanh, [x]).into_tensor();
     }
-    let inner = (x.clone() + x.clone().powi_scalar(3) * 0.044_715)
-        * core::f64::consts::FRAC_2_PI.sqrt();
+    let inner =
+        (x.clone() + x.clone().powi_scalar(3) * 0.044_715) * core::f64::consts::FRAC_2_PI.sqrt();
     x * (inner.tanh() + 1.0) * 0.5
 }
 
@@ -60,7 +60,13 @@ impl FusedOp<1> for Pointwise {
         (Array::new(y, &x.dims()), ())
     }
 
-    fn backward(&self, [x]: &[Array; 1], (): &(), grad: &Array, _: [bool; 1]) -> [Option<Array>; 1] {
+    fn backward(
+        &self,
+        [x]: &[Array; 1],
+        (): &(),
+        grad: &Array,
+        _: [bool; 1],
+    ) -> [Option<Array>; 1] {
         let mut dx = vec![0.0; x.len()];
         kernel(match self {
             Self::GeluTanh => elementwise::gelu_tanh_backward(x.data(), grad.data(), &mut dx),
@@ -78,7 +84,11 @@ impl FusedOp<2> for SiluGated {
 
     fn forward(&self, [value, gate]: &[Array; 2], _: bool) -> (Array, ()) {
         let mut y = vec![0.0; value.len()];
-        kernel(elementwise::swiglu_forward(gate.data(), value.data(), &mut y));
+        kernel(elementwise::swiglu_forward(
+            gate.data(),
+            value.data(),
+            &mut y,
+        ));
         (Array::new(y, &value.dims()), ())
     }
 
@@ -98,7 +108,10 @@ impl FusedOp<2> for SiluGated {
             &mut dgate,
             &mut dvalue,
         ));
-        [Some(Array::new(dvalue, &value.dims())), Some(Array::new(dgate, &gate.dims()))]
+        [
+            Some(Array::new(dvalue, &value.dims())),
+            Some(Array::new(dgate, &gate.dims())),
+        ]
     }
 }
 

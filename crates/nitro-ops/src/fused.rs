@@ -28,7 +28,11 @@ impl Array {
     }
 
     fn from_primitive(primitive: FloatTensor<Flex>) -> Self {
-        Self(if primitive.is_contiguous() { primitive } else { primitive.to_contiguous() })
+        Self(if primitive.is_contiguous() {
+            primitive
+        } else {
+            primitive.to_contiguous()
+        })
     }
 
     /// The elements in row-major order.
@@ -87,9 +91,17 @@ impl Handle {
             return None;
         }
         if tensor.is_autodiff() {
-            tensor.clone().try_into_primitive::<Autodiff<Flex>>().ok().map(Self::Tracked)
+            tensor
+                .clone()
+                .try_into_primitive::<Autodiff<Flex>>()
+                .ok()
+                .map(Self::Tracked)
         } else {
-            tensor.clone().try_into_primitive::<Flex>().ok().map(Self::Plain)
+            tensor
+                .clone()
+                .try_into_primitive::<Flex>()
+                .ok()
+                .map(Self::Plain)
         }
     }
 
@@ -135,7 +147,11 @@ pub(crate) fn apply<O: FusedOp<N>, const N: usize>(op: O, inputs: [Handle; N]) -
     let arrays = tracked.map(|tensor| Array::from_primitive(tensor.into_primitive()));
     let (output, saved) = op.forward(&arrays, keep);
     let step = Step(core::marker::PhantomData::<O>);
-    let primitive = match step.prepare::<NoCheckpointing>(guards).compute_bound().stateful() {
+    let primitive = match step
+        .prepare::<NoCheckpointing>(guards)
+        .compute_bound()
+        .stateful()
+    {
         OpsKind::Tracked(prep) => prep.finish(State { op, arrays, saved }, output.0),
         OpsKind::UnTracked(prep) => prep.finish(output.0),
     };

@@ -20,7 +20,11 @@ pub(crate) fn activate<const D: usize>(activation: Activation, x: Tensor<D>) -> 
 }
 
 /// The gradient before the activation, from that after it; `before` is the activation's input.
-pub(crate) fn activation_backward(activation: Activation, before: &[f32], grad: &[f32]) -> Vec<f32> {
+pub(crate) fn activation_backward(
+    activation: Activation,
+    before: &[f32],
+    grad: &[f32],
+) -> Vec<f32> {
     let mut out = vec![0.0; grad.len()];
     match activation {
         Activation::None => out.copy_from_slice(grad),
@@ -44,9 +48,20 @@ pub fn linear<const D: usize>(
     activation: Activation,
     precision: Precision,
 ) -> Tensor<D> {
-    let inputs = (Handle::of(&x), Handle::of(weight), Handle::optional(&bias.cloned()));
+    let inputs = (
+        Handle::of(&x),
+        Handle::of(weight),
+        Handle::optional(&bias.cloned()),
+    );
     if let (Some(x), Some(weight), Some(bias)) = inputs {
-        return apply(LinearOp { activation, precision }, [x, weight, bias]).into_tensor();
+        return apply(
+            LinearOp {
+                activation,
+                precision,
+            },
+            [x, weight, bias],
+        )
+        .into_tensor();
     }
     let mut dims = x.dims();
     let [out, inner] = weight.dims();
@@ -79,7 +94,11 @@ impl FusedOp<3> for LinearOp {
         }
         let mut y = vec![0.0; rows * out];
         let keep = keep && self.activation != Activation::None;
-        let mut before = if keep { vec![0.0; rows * out] } else { Vec::new() };
+        let mut before = if keep {
+            vec![0.0; rows * out]
+        } else {
+            Vec::new()
+        };
         let epilogue = Epilogue {
             bias: bias.optional(),
             activation: self.activation,
@@ -88,7 +107,10 @@ impl FusedOp<3> for LinearOp {
         let a = matrix(x.data(), rows, inner);
         let b = matrix(weight.data(), out, inner).t();
         kernel(gemm(a, b, &mut y, out, false, epilogue, self.precision));
-        (Array::new(y, &dims), keep.then(|| Array::new(before, &dims)))
+        (
+            Array::new(y, &dims),
+            keep.then(|| Array::new(before, &dims)),
+        )
     }
 
     fn backward(
@@ -113,13 +135,29 @@ impl FusedOp<3> for LinearOp {
         let dx = needed[0].then(|| {
             let mut dx = vec![0.0; rows * inner];
             let weight = matrix(weight.data(), out, inner);
-            kernel(gemm(dy, weight, &mut dx, inner, false, none(), self.precision));
+            kernel(gemm(
+                dy,
+                weight,
+                &mut dx,
+                inner,
+                false,
+                none(),
+                self.precision,
+            ));
             Array::new(dx, &x.dims())
         });
         let dw = needed[1].then(|| {
             let mut dw = vec![0.0; out * inner];
             let x = matrix(x.data(), rows, inner);
-            kernel(gemm(dy.t(), x, &mut dw, inner, false, none(), self.precision));
+            kernel(gemm(
+                dy.t(),
+                x,
+                &mut dw,
+                inner,
+                false,
+                none(),
+                self.precision,
+            ));
             Array::new(dw, &[out, inner])
         });
         let db = (needed[2] && bias.len() > 0).then(|| {

@@ -17,7 +17,9 @@ pub fn layer_norm_modulate(
     eps: f64,
 ) -> Tensor<3> {
     let (weight, bias) = affine.map_or((None, None), |(w, b)| (Some(w.clone()), Some(b.clone())));
-    let (scale, shift) = modulation.clone().map_or((None, None), |(a, b)| (Some(a), Some(b)));
+    let (scale, shift) = modulation
+        .clone()
+        .map_or((None, None), |(a, b)| (Some(a), Some(b)));
     let inputs = (
         Handle::of(&x),
         Handle::optional(&weight),
@@ -52,7 +54,11 @@ pub fn rms_norm<const D: usize>(
     bias: Option<&Tensor<1>>,
     eps: f64,
 ) -> Tensor<D> {
-    let inputs = (Handle::of(&x), Handle::of(weight), Handle::optional(&bias.cloned()));
+    let inputs = (
+        Handle::of(&x),
+        Handle::of(weight),
+        Handle::optional(&bias.cloned()),
+    );
     if let (Some(x), Some(weight), Some(bias)) = inputs {
         return apply(RmsNorm { eps: eps as f32 }, [x, weight, bias]).into_tensor();
     }
@@ -76,7 +82,11 @@ struct LayerNormModulate {
 impl LayerNormModulate {
     fn shape(x: &Array) -> LayerNormShape {
         let dims = x.dims();
-        LayerNormShape { batch: dims[0], tokens: dims[1], channels: dims[2] }
+        LayerNormShape {
+            batch: dims[0],
+            tokens: dims[1],
+            channels: dims[2],
+        }
     }
 
     fn params<'a>([_, weight, bias, scale, shift]: &'a [Array; 5]) -> LayerNormParams<'a> {
@@ -107,7 +117,10 @@ impl FusedOp<5> for LayerNormModulate {
             &mut mean,
             &mut rstd,
         ));
-        (Array::new(y, &x.dims()), (Array::new(mean, &[rows]), Array::new(rstd, &[rows])))
+        (
+            Array::new(y, &x.dims()),
+            (Array::new(mean, &[rows]), Array::new(rstd, &[rows])),
+        )
     }
 
     fn backward(
@@ -141,7 +154,8 @@ impl FusedOp<5> for LayerNormModulate {
             grads,
         ));
         let [weight, bias, scale, shift] = sums;
-        let array = |sum: Option<Vec<f32>>, input: &Array| sum.map(|v| Array::new(v, &input.dims()));
+        let array =
+            |sum: Option<Vec<f32>>, input: &Array| sum.map(|v| Array::new(v, &input.dims()));
         [
             Some(Array::new(dx, &x.dims())),
             array(weight, &inputs[1]),

@@ -24,7 +24,9 @@ pub fn pixel_shuffle(x: Tensor<4>, r: usize) -> Tensor<4> {
     }
     let [b, h, w, c] = x.dims();
     let c = c / (r * r);
-    x.reshape([b, h, w, c, r, r]).permute([0, 1, 4, 2, 5, 3]).reshape([b, h * r, w * r, c])
+    x.reshape([b, h, w, c, r, r])
+        .permute([0, 1, 4, 2, 5, 3])
+        .reshape([b, h * r, w * r, c])
 }
 
 /// Nearest-neighbour upsampling by two: `[b, h, w, c] -> [b, 2 h, 2 w, c]`.
@@ -33,7 +35,9 @@ pub fn upsample_nearest_2x(x: Tensor<4>) -> Tensor<4> {
         return apply(Resample::Nearest2x, [x]).into_tensor();
     }
     let [b, h, w, c] = x.dims();
-    x.reshape([b, h, 1, w, 1, c]).expand([b, h, 2, w, 2, c]).reshape([b, 2 * h, 2 * w, c])
+    x.reshape([b, h, 1, w, 1, c])
+        .expand([b, h, 2, w, 2, c])
+        .reshape([b, 2 * h, 2 * w, c])
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +64,12 @@ fn dims(shape: ImageShape) -> [usize; 4] {
 
 fn unshuffle(x: &Array, r: usize) -> Array {
     let mut y = vec![0.0; x.len()];
-    kernel(resample::pixel_unshuffle(scaled(x, 1, 1, |c| c), r, x.data(), &mut y));
+    kernel(resample::pixel_unshuffle(
+        scaled(x, 1, 1, |c| c),
+        r,
+        x.data(),
+        &mut y,
+    ));
     Array::new(y, &dims(scaled(x, 1, r, |c| c * r * r)))
 }
 
@@ -80,14 +89,24 @@ impl FusedOp<1> for Resample {
             Self::Shuffle(r) => shuffle(x, r),
             Self::Nearest2x => {
                 let mut y = vec![0.0; 4 * x.len()];
-                kernel(resample::upsample2x_forward(scaled(x, 1, 1, |c| c), x.data(), &mut y));
+                kernel(resample::upsample2x_forward(
+                    scaled(x, 1, 1, |c| c),
+                    x.data(),
+                    &mut y,
+                ));
                 Array::new(y, &dims(scaled(x, 2, 1, |c| c)))
             }
         };
         (y, ())
     }
 
-    fn backward(&self, [x]: &[Array; 1], (): &(), grad: &Array, _: [bool; 1]) -> [Option<Array>; 1] {
+    fn backward(
+        &self,
+        [x]: &[Array; 1],
+        (): &(),
+        grad: &Array,
+        _: [bool; 1],
+    ) -> [Option<Array>; 1] {
         // Shuffling and unshuffling are permutations: each is the other's transpose.
         [Some(match *self {
             Self::Unshuffle(r) => shuffle(grad, r),

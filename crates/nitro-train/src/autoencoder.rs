@@ -10,11 +10,11 @@ use nitro_models::{Params, TensorMap};
 use nitro_ops::Precision;
 use rayon::prelude::*;
 
+use crate::TrainError;
 use crate::config::{AutoencoderTask, CommonConfig};
 use crate::data::{example_seed, step_generator};
 use crate::pictures::{from_bytes, write_grid};
 use crate::trainer::{Losses, Task};
-use crate::TrainError;
 
 /// Pictures no training step sees, for samples and for the scaling factor.
 const HELD_OUT: u64 = u64::MAX / 2;
@@ -61,7 +61,11 @@ impl Task for Autoencoder<'_> {
     fn batch(&self, step: u64) -> Result<Pictures, TrainError> {
         let whole = self.task.image_size;
         let cropped = step + self.task.full_size_steps < self.common.max_steps;
-        let side = if cropped { self.task.crop_size.min(whole) } else { whole };
+        let side = if cropped {
+            self.task.crop_size.min(whole)
+        } else {
+            whole
+        };
         let seeds: Vec<u64> = (0..self.common.batch_size)
             .map(|i| example_seed(self.common.seed, step, i))
             .collect();
@@ -74,7 +78,11 @@ impl Task for Autoencoder<'_> {
                 from_bytes(&picture, whole, (x as usize, y as usize), side)
             })
             .collect();
-        Ok(Pictures { pixels, side, noise: step_generator(self.common.seed, step) })
+        Ok(Pictures {
+            pixels,
+            side,
+            noise: step_generator(self.common.seed, step),
+        })
     }
 
     fn loss(&self, p: &Params<'_>, mut batch: Pictures) -> Result<Losses, TrainError> {
@@ -95,7 +103,13 @@ impl Task for Autoencoder<'_> {
         let total = absolute + square * 2.0 + penalty.clone() * self.task.latent_penalty;
         let size = f64::from(penalty.into_scalar::<f32>());
         // Pixels span two units, so the peak of the signal-to-noise ratio is four.
-        Ok(Losses { total, parts: vec![("psnr", 10.0 * (4.0 / mse).log10()), ("latent_mean_square", size)] })
+        Ok(Losses {
+            total,
+            parts: vec![
+                ("psnr", 10.0 * (4.0 / mse).log10()),
+                ("latent_mean_square", size),
+            ],
+        })
     }
 
     fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
@@ -104,13 +118,20 @@ impl Task for Autoencoder<'_> {
         let side = self.task.image_size;
         let x = tensor(held_out(8, side), 8, side, &Device::flex());
         let y = model.decode(model.encode(x.clone())?)?;
-        write_grid(&dir.join(format!("step-{step:08}.png")), Tensor::cat(vec![x, y], 0), 8)
+        write_grid(
+            &dir.join(format!("step-{step:08}.png")),
+            Tensor::cat(vec![x, y], 0),
+            8,
+        )
     }
 }
 
 /// The configuration to ship with trained weights.
 pub fn shipped_config(model: &DcaeConfig, scaling_factor: f64) -> DcaeConfig {
-    DcaeConfig { scaling_factor, ..model.clone() }
+    DcaeConfig {
+        scaling_factor,
+        ..model.clone()
+    }
 }
 
 fn held_out(count: u64, side: usize) -> Vec<f32> {

@@ -32,15 +32,21 @@ impl Checkpoint {
     /// Writes the checkpoint into `run_dir/checkpoints` and removes all but the newest `keep`.
     pub fn save(&self, run_dir: &Path, keep: usize) -> Result<PathBuf, TrainError> {
         let dir = run_dir.join("checkpoints");
-        std::fs::create_dir_all(&dir)
-            .map_err(|source| TrainError::Io { path: dir.clone(), source })?;
+        std::fs::create_dir_all(&dir).map_err(|source| TrainError::Io {
+            path: dir.clone(),
+            source,
+        })?;
         let path = dir.join(format!("step-{:08}.safetensors", self.step));
         let mut tensors = Vec::new();
         for (name, entry) in self.store.iter() {
             let parts = [&entry.value, &entry.first, &entry.second, &entry.ema];
             for (part, values) in PARTS.iter().zip(parts) {
                 if !values.is_empty() {
-                    tensors.push((format!("{part}/{name}"), entry.shape.clone(), values.as_slice()));
+                    tensors.push((
+                        format!("{part}/{name}"),
+                        entry.shape.clone(),
+                        values.as_slice(),
+                    ));
                 }
             }
         }
@@ -62,7 +68,9 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Ok(None);
         }
-        let Some(path) = list(&dir)?.pop() else { return Ok(None) };
+        let Some(path) = list(&dir)?.pop() else {
+            return Ok(None);
+        };
         let checkpoint = Self::load(&path)?;
         Ok(Some((path, checkpoint)))
     }
@@ -72,10 +80,13 @@ impl Checkpoint {
         let files = WeightFiles::open(path)?;
         let metadata = files.metadata();
         let field = |key: &str| {
-            metadata.get(key).cloned().ok_or_else(|| TrainError::Resume {
-                path: path.to_owned(),
-                reason: format!("its metadata has no `{key}`; it is not a training checkpoint"),
-            })
+            metadata
+                .get(key)
+                .cloned()
+                .ok_or_else(|| TrainError::Resume {
+                    path: path.to_owned(),
+                    reason: format!("its metadata has no `{key}`; it is not a training checkpoint"),
+                })
         };
         let number = |key: &str| {
             field(key)?.parse::<u64>().map_err(|_| TrainError::Resume {
@@ -85,7 +96,9 @@ impl Checkpoint {
         };
         let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
         for tensor in files.names() {
-            let Some((part, name)) = tensor.split_once('/') else { continue };
+            let Some((part, name)) = tensor.split_once('/') else {
+                continue;
+            };
             let (shape, values) = files.read(tensor)?;
             let entry = entries.entry(name.to_owned()).or_default();
             entry.shape = shape;
@@ -110,11 +123,18 @@ impl Checkpoint {
 
 /// Checkpoint files of `dir`, oldest first.
 fn list(dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
-    let io = |source| TrainError::Io { path: dir.to_owned(), source };
+    let io = |source| TrainError::Io {
+        path: dir.to_owned(),
+        source,
+    };
     let mut paths = Vec::new();
     for item in std::fs::read_dir(dir).map_err(io)? {
         let path = item.map_err(io)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if name.starts_with("step-") && name.ends_with(".safetensors") {
             paths.push(path);
         }

@@ -176,10 +176,14 @@ fn one() -> f32 {
 impl RunConfig {
     /// Reads `path` and applies `key.path=value` overrides, whose values are YAML.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, TrainError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| TrainError::Io { path: path.to_owned(), source })?;
-        Self::parse(&text, overrides)
-            .map_err(|reason| TrainError::Config { origin: path.display().to_string(), reason })
+        let text = std::fs::read_to_string(path).map_err(|source| TrainError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, overrides).map_err(|reason| TrainError::Config {
+            origin: path.display().to_string(),
+            reason,
+        })
     }
 
     fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {

@@ -20,7 +20,7 @@ pub(crate) fn example_seed(seed: u64, step: u64, index: usize) -> u64 {
 ///
 /// A torch-compatible generator keeps the low 32 bits of its seed only.
 pub(crate) fn step_generator(seed: u64, step: u64) -> CpuGenerator {
-    CpuGenerator::new(mix(mix(seed ^ 0x6E6F_6973_65).wrapping_add(step)) & 0xFFFF_FFFF)
+    CpuGenerator::new(mix(mix(seed ^ 0x6E_6F69_7365).wrapping_add(step)) & 0xFFFF_FFFF)
 }
 
 #[cfg(test)]
@@ -30,8 +30,9 @@ mod tests {
 
     #[test]
     fn seeds_do_not_repeat_within_a_run() {
-        let seeds: HashSet<u64> =
-            (0..200).flat_map(|step| (0..64).map(move |i| example_seed(0, step, i))).collect();
+        let seeds: HashSet<u64> = (0..200)
+            .flat_map(|step| (0..64).map(move |i| example_seed(0, step, i)))
+            .collect();
         assert_eq!(seeds.len(), 200 * 64);
         assert_ne!(example_seed(0, 0, 0), example_seed(1, 0, 0));
     }

@@ -78,7 +78,10 @@ impl<'a> EmmditTraining<'a> {
         if latents.shape != expected {
             return Err(TrainError::Config {
                 origin: task.latents.display().to_string(),
-                reason: format!("latents are {:?}, the model takes {expected:?}", latents.shape),
+                reason: format!(
+                    "latents are {:?}, the model takes {expected:?}",
+                    latents.shape
+                ),
             });
         }
         let device = Device::flex();
@@ -91,8 +94,7 @@ impl<'a> EmmditTraining<'a> {
         let dir = task.frozen.join("dc-ae");
         let dcae: DcaeConfig = read_config(&dir.join("config.json"))?;
         let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
-        let decoder =
-            Decoder::new(&dcae, &Params::new(&files, &device, precision))?;
+        let decoder = Decoder::new(&dcae, &Params::new(&files, &device, precision))?;
         let mut this = Self {
             common,
             task,
@@ -150,8 +152,11 @@ impl Task for EmmditTraining<'_> {
             mean: f64::from(self.task.logit_mean),
             std: f64::from(self.task.logit_std),
         };
-        let levels: Vec<_> =
-            density.sample(count, &mut rng).into_iter().map(|u| self.schedule.level(u)).collect();
+        let levels: Vec<_> = density
+            .sample(count, &mut rng)
+            .into_iter()
+            .map(|u| self.schedule.level(u))
+            .collect();
         let dropped = rng.rand(count);
         let noise = rng.randn(count * c * h * w);
         let mut captions = Vec::with_capacity(count);
@@ -182,7 +187,10 @@ impl Task for EmmditTraining<'_> {
         let model = Emmdit::new(&self.task.model, p)?;
         let output = model.forward_train(batch.noisy, batch.text, &batch.timesteps)?;
         let total = (output.tokens - batch.target).powi_scalar(2).mean();
-        Ok(Losses { total, parts: Vec::new() })
+        Ok(Losses {
+            total,
+            parts: Vec::new(),
+        })
     }
 
     fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
@@ -193,16 +201,16 @@ impl Task for EmmditTraining<'_> {
         let count = PROMPTS.len();
         let empty = self.empty_text.clone().repeat_dim(0, count);
         let text = Tensor::cat(vec![empty, self.text_states(&PROMPTS)?], 0);
-        let noise: Vec<f32> =
-            (0..count).flat_map(|i| CpuGenerator::new(i as u64).randn(c * h * w)).collect();
+        let noise: Vec<f32> = (0..count)
+            .flat_map(|i| CpuGenerator::new(i as u64).randn(c * h * w))
+            .collect();
         let timetable = self.schedule.timetable(STEPS)?;
         let latents = Euler::new(&timetable).run(
             noise,
             count,
             |x: &[f32], timestep| {
                 let both = [x, x].concat();
-                let both =
-                    Tensor::from_data(TensorData::new(both, [2 * count, c, h, w]), &device);
+                let both = Tensor::from_data(TensorData::new(both, [2 * count, c, h, w]), &device);
                 let times = vec![timestep; 2 * count];
                 let v = model.forward(both, text.clone(), &times)?;
                 let v = v.into_data().try_into_vec::<f32>().unwrap_or_default();
@@ -215,7 +223,10 @@ impl Task for EmmditTraining<'_> {
             Ok(latents) => latents,
             Err(error) => {
                 let path = dir.to_owned();
-                return Err(TrainError::Picture { path, reason: error.to_string() });
+                return Err(TrainError::Picture {
+                    path,
+                    reason: error.to_string(),
+                });
             }
         };
         let latents = Tensor::<4>::from_data(TensorData::new(latents, [count, c, h, w]), &device);

@@ -43,7 +43,9 @@ pub enum TrainError {
         reason: String,
     },
     /// Too many steps in a row had a gradient that is not finite.
-    #[error("{steps} steps in a row had a gradient that is not finite (last at step {step}); lower the learning rate")]
+    #[error(
+        "{steps} steps in a row had a gradient that is not finite (last at step {step}); lower the learning rate"
+    )]
     NotFinite {
         /// How many.
         steps: u64,

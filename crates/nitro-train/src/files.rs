@@ -6,7 +6,10 @@ use crate::TrainError;
 
 /// Writes `bytes` aside and renames them into place.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-    let io = |source| TrainError::Io { path: path.to_owned(), source };
+    let io = |source| TrainError::Io {
+        path: path.to_owned(),
+        source,
+    };
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(io)?;
     }

@@ -15,11 +15,11 @@ use nitro_models::llama::{Llama, LlamaConfig};
 use nitro_models::{Params, TensorMap};
 use tokenizers::Tokenizer;
 
+use crate::TrainError;
 use crate::config::{CommonConfig, LanguageModelTask};
 use crate::data::example_seed;
 use crate::tokenizer::encode;
 use crate::trainer::{Losses, Task};
-use crate::TrainError;
 
 /// Positions each recall head looks back.
 const RECALLED: [usize; 3] = [0, 1, 3];
@@ -42,7 +42,12 @@ impl<'a> LanguageModel<'a> {
         tokenizer: &'a Tokenizer,
     ) -> Self {
         let model = shipped_config(&task.model, tokenizer);
-        Self { common, model, tokenizer, text_tokens: task.text_tokens }
+        Self {
+            common,
+            model,
+            tokenizer,
+            text_tokens: task.text_tokens,
+        }
     }
 
     /// The configuration to ship with trained weights.
@@ -53,7 +58,11 @@ impl<'a> LanguageModel<'a> {
     fn recall_heads(&self, p: &Params<'_>) -> Result<Vec<Linear>, TrainError> {
         let head = |back: &usize| {
             let p = p.sub(format_args!("{RECALL}.{back}"));
-            Ok(Linear::new(&p, self.model.hidden_size, self.model.vocab_size)?)
+            Ok(Linear::new(
+                &p,
+                self.model.hidden_size,
+                self.model.vocab_size,
+            )?)
         };
         RECALLED.iter().map(head).collect()
     }
@@ -61,7 +70,10 @@ impl<'a> LanguageModel<'a> {
 
 /// `config` with the vocabulary of `tokenizer`.
 pub fn shipped_config(config: &LlamaConfig, tokenizer: &Tokenizer) -> LlamaConfig {
-    LlamaConfig { vocab_size: tokenizer.get_vocab_size(true), ..config.clone() }
+    LlamaConfig {
+        vocab_size: tokenizer.get_vocab_size(true),
+        ..config.clone()
+    }
 }
 
 /// Token ids and masks of many captions, `[count, length]`.
@@ -108,7 +120,9 @@ impl Task for LanguageModel<'_> {
     }
 
     fn batch(&self, step: u64) -> Result<Vec<String>, TrainError> {
-        Ok(captions(example_seed(self.common.seed, step, 0)).take(self.common.batch_size).collect())
+        Ok(captions(example_seed(self.common.seed, step, 0))
+            .take(self.common.batch_size)
+            .collect())
     }
 
     fn loss(&self, p: &Params<'_>, batch: Vec<String>) -> Result<Losses, TrainError> {
@@ -129,12 +143,19 @@ impl Task for LanguageModel<'_> {
         for (head, back) in self.recall_heads(p)?.iter().zip(RECALLED) {
             let logits = head.forward(hidden.clone().slice_dim(1, back..length));
             let targets = ids.clone().slice_dim(1, 0..length - back);
-            recall.push(cross_entropy(logits, targets, mask.clone().slice_dim(1, back..length)));
+            recall.push(cross_entropy(
+                logits,
+                targets,
+                mask.clone().slice_dim(1, back..length),
+            ));
         }
         let recall = Tensor::cat(recall, 0).mean();
         let value = |loss: &Tensor<1>| f64::from(loss.clone().into_scalar::<f32>());
         let parts = vec![("next_token", value(&next)), ("recall", value(&recall))];
-        Ok(Losses { total: next + recall, parts })
+        Ok(Losses {
+            total: next + recall,
+            parts,
+        })
     }
 
     fn sample(&self, _: &TensorMap, _: u64, _: &Path) -> Result<(), TrainError> {

@@ -38,10 +38,11 @@ pub fn precompute(
     let dir = frozen.join("dc-ae");
     let config = read_config::<DcaeConfig>(&dir.join("config.json"))?;
     let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
-    let encoder =
-        Encoder::new(&config, &Params::new(&files, &Device::flex(), precision))?;
-    std::fs::create_dir_all(out)
-        .map_err(|source| TrainError::Io { path: out.to_owned(), source })?;
+    let encoder = Encoder::new(&config, &Params::new(&files, &Device::flex(), precision))?;
+    std::fs::create_dir_all(out).map_err(|source| TrainError::Io {
+        path: out.to_owned(),
+        source,
+    })?;
     bar.set_length((shards * SHARD) as u64);
     for index in 0..shards {
         let path = shard_path(out, index);
@@ -62,8 +63,8 @@ pub fn precompute(
                 .collect();
             let (pixels, words): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
             let data = TensorData::new(pixels.concat(), [BATCH, 3, side, side]);
-            let latent = encoder.encode(Tensor::from_data(data, &Device::flex()))?
-                * config.scaling_factor;
+            let latent =
+                encoder.encode(Tensor::from_data(data, &Device::flex()))? * config.scaling_factor;
             let [_, c, h, w] = latent.dims();
             shape = [SHARD, c, h, w];
             latents.extend(latent.into_data().try_into_vec::<f32>().unwrap_or_default());
@@ -94,7 +95,11 @@ impl Latents {
             origin: dir.display().to_string(),
             reason: format!("{reason}; write it again with `nitro train latents`"),
         };
-        let mut all = Self { shape: [0; 3], values: Vec::new(), captions: Vec::new() };
+        let mut all = Self {
+            shape: [0; 3],
+            values: Vec::new(),
+            captions: Vec::new(),
+        };
         for index in 0.. {
             let path = shard_path(dir, index);
             if !path.exists() {
@@ -106,8 +111,13 @@ impl Latents {
                 return Err(wrong("latents are not of rank 4"));
             };
             all.shape = [c, h, w];
-            all.values.extend(values.into_iter().map(half::f16::from_f32));
-            let captions = files.metadata().get("captions").map(String::as_str).unwrap_or("[]");
+            all.values
+                .extend(values.into_iter().map(half::f16::from_f32));
+            let captions = files
+                .metadata()
+                .get("captions")
+                .map(String::as_str)
+                .unwrap_or("[]");
             let captions: Vec<String> =
                 serde_json::from_str(captions).map_err(|_| wrong("captions are not a list"))?;
             all.captions.extend(captions);
@@ -138,14 +148,19 @@ impl Latents {
     /// Latent and caption of pair `index`.
     pub fn pair(&self, index: usize) -> (&[half::f16], &str) {
         let size = self.size();
-        (&self.values[index * size..(index + 1) * size], &self.captions[index])
+        (
+            &self.values[index * size..(index + 1) * size],
+            &self.captions[index],
+        )
     }
 }
 
 /// Reads a JSON configuration.
 pub(crate) fn read_config<C: serde::de::DeserializeOwned>(path: &Path) -> Result<C, TrainError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| TrainError::Io { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| TrainError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
     serde_json::from_str(&text).map_err(|e| TrainError::Config {
         origin: path.display().to_string(),
         reason: e.to_string(),

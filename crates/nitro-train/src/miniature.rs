@@ -2,7 +2,7 @@
 //! and text encoder, the cached latents, the E-MMDiT, and the model folder at the end.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use nitro_models::{DType, save_safetensors};
@@ -43,8 +43,15 @@ pub fn run(
             let store = train(&training, config, dir, options)?;
             let factor = training.scaling_factor(&store.averaged())?;
             let out = export.join("dc-ae");
-            write_json(&out.join("config.json"), &shipped_config(&task.model, factor))?;
-            save(&store, &out.join("diffusion_pytorch_model.safetensors"), HashMap::new())
+            write_json(
+                &out.join("config.json"),
+                &shipped_config(&task.model, factor),
+            )?;
+            save(
+                &store,
+                &out.join("diffusion_pytorch_model.safetensors"),
+                HashMap::new(),
+            )
         }
         TaskConfig::LanguageModel(task) => {
             let out = export.join("text_encoder");
@@ -84,8 +91,10 @@ fn save(
     metadata: HashMap<String, String>,
 ) -> Result<(), TrainError> {
     if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent)
-            .map_err(|source| TrainError::Io { path: parent.to_owned(), source })?;
+        std::fs::create_dir_all(parent).map_err(|source| TrainError::Io {
+            path: parent.to_owned(),
+            source,
+        })?;
     }
     let tensors: Vec<_> = store
         .iter()
@@ -137,9 +146,22 @@ impl Miniature {
             });
         };
         let latents = runs.join("latents");
-        cache_latents(out, &latents, self.latents, self.emmdit.run.precision.into(), options)?;
-        let task = EmmditTask { latents, frozen: out.to_owned(), ..task.clone() };
-        let config = RunConfig { task: TaskConfig::Emmdit(task), ..self.emmdit.clone() };
+        cache_latents(
+            out,
+            &latents,
+            self.latents,
+            self.emmdit.run.precision.into(),
+            options,
+        )?;
+        let task = EmmditTask {
+            latents,
+            frozen: out.to_owned(),
+            ..task.clone()
+        };
+        let config = RunConfig {
+            task: TaskConfig::Emmdit(task),
+            ..self.emmdit.clone()
+        };
         run(&config, &runs.join("emmdit"), out, options)
     }
 }
@@ -148,16 +170,24 @@ impl Miniature {
 /// `frozen`.
 pub fn cache_latents(
     frozen: &Path,
-    dir: &PathBuf,
+    dir: &Path,
     plan: LatentsPlan,
     precision: nitro_ops::Precision,
     options: &RunOptions,
 ) -> Result<(), TrainError> {
-    let bar = if options.quiet { ProgressBar::hidden() } else { ProgressBar::new(0) };
+    let bar = if options.quiet {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new(0)
+    };
     if let Ok(style) = ProgressStyle::with_template("latents {bar:24} {pos}/{len} eta {eta}") {
         bar.set_style(style);
     }
-    let LatentsPlan { shards, image_size, seed } = plan;
+    let LatentsPlan {
+        shards,
+        image_size,
+        seed,
+    } = plan;
     crate::latents::precompute(frozen, dir, seed, shards, image_size, precision, &bar)?;
     bar.finish();
     Ok(())

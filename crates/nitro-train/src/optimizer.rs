@@ -14,7 +14,11 @@ use crate::store::ParameterStore;
 pub type NamedGradients = BTreeMap<String, Vec<f32>>;
 
 /// Takes the gradients of `tensors` out of Burn's container.
-pub fn named_gradients(tensors: &TensorMap, store: &ParameterStore, mut grads: Gradients) -> NamedGradients {
+pub fn named_gradients(
+    tensors: &TensorMap,
+    store: &ParameterStore,
+    mut grads: Gradients,
+) -> NamedGradients {
     store
         .iter()
         .filter(|(_, entry)| entry.trainable)
@@ -42,7 +46,11 @@ pub fn learning_rate(base: f64, step: u64, max_steps: u64, warmup: u64, decay: u
         return base * step as f64 / warmup as f64;
     }
     let left = max_steps.saturating_sub(step);
-    if left < decay { base * left as f64 / decay as f64 } else { base }
+    if left < decay {
+        base * left as f64 / decay as f64
+    } else {
+        base
+    }
 }
 
 /// Clips the gradient to `clip` and applies AdamW with learning rate `lr` as update number
@@ -60,9 +68,16 @@ pub fn step(
     clip: f64,
     ema_rate: f64,
 ) -> Result<StepReport, KernelError> {
-    let norm = grads.values().map(|grad| sum_of_squares(grad)).sum::<f64>().sqrt();
+    let norm = grads
+        .values()
+        .map(|grad| sum_of_squares(grad))
+        .sum::<f64>()
+        .sqrt();
     if !norm.is_finite() {
-        return Ok(StepReport { grad_norm: norm, applied: false });
+        return Ok(StepReport {
+            grad_norm: norm,
+            applied: false,
+        });
     }
     let scale = (clip / (norm + 1e-6)).min(1.0);
     let adamw = AdamW {
@@ -74,7 +89,10 @@ pub fn step(
     };
     for (name, entry) in store.trainable_mut() {
         if let Some(grad) = grads.get(name) {
-            let ema = Ema { decay: ema_rate, average: &mut entry.ema };
+            let ema = Ema {
+                decay: ema_rate,
+                average: &mut entry.ema,
+            };
             adamw_step(
                 &adamw,
                 update,
@@ -87,7 +105,10 @@ pub fn step(
             )?;
         }
     }
-    Ok(StepReport { grad_norm: norm, applied: true })
+    Ok(StepReport {
+        grad_norm: norm,
+        applied: true,
+    })
 }
 
 #[cfg(test)]

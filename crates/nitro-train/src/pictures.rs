@@ -17,7 +17,12 @@ pub(crate) fn from_bytes(
     for channel in 0..3 {
         for y in top..top + side {
             let row = &rgb[(y * whole + left) * 3..(y * whole + left + side) * 3];
-            out.extend(row.iter().skip(channel).step_by(3).map(|v| f32::from(*v) / 127.5 - 1.0));
+            out.extend(
+                row.iter()
+                    .skip(channel)
+                    .step_by(3)
+                    .map(|v| f32::from(*v) / 127.5 - 1.0),
+            );
         }
     }
     out
@@ -27,9 +32,15 @@ pub(crate) fn from_bytes(
 pub(crate) fn to_bytes(pictures: Tensor<4>) -> Vec<Vec<u8>> {
     let [count, _, h, w] = pictures.dims();
     let data = pictures.permute([0, 2, 3, 1]).into_data();
-    let Ok(values) = data.try_into_vec::<f32>() else { return Vec::new() };
+    let Ok(values) = data.try_into_vec::<f32>() else {
+        return Vec::new();
+    };
     let byte = |v: &f32| ((v * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
-    values.chunks_exact(h * w * 3).take(count).map(|p| p.iter().map(byte).collect()).collect()
+    values
+        .chunks_exact(h * w * 3)
+        .take(count)
+        .map(|p| p.iter().map(byte).collect())
+        .collect()
 }
 
 /// Writes pictures `[n, 3, h, w]` in `-1..=1` as one PNG, `columns` in a row.
@@ -49,7 +60,11 @@ pub(crate) fn write_grid(
         image::imageops::replace(&mut grid, &picture, x as i64, y as i64);
     }
     let aside = path.with_extension("png.tmp");
-    let fail = |reason: String| TrainError::Picture { path: path.to_owned(), reason };
-    grid.save_with_format(&aside, image::ImageFormat::Png).map_err(|e| fail(e.to_string()))?;
+    let fail = |reason: String| TrainError::Picture {
+        path: path.to_owned(),
+        reason,
+    };
+    grid.save_with_format(&aside, image::ImageFormat::Png)
+        .map_err(|e| fail(e.to_string()))?;
     std::fs::rename(&aside, path).map_err(|e| fail(e.to_string()))
 }

@@ -53,11 +53,19 @@ impl ParameterStore {
                 name: spec.name.clone(),
                 found: format!("{e:?}"),
             })?;
-            let zeros = if spec.trainable { vec![0.0; value.len()] } else { Vec::new() };
+            let zeros = if spec.trainable {
+                vec![0.0; value.len()]
+            } else {
+                Vec::new()
+            };
             let entry = Entry {
                 shape: spec.shape.clone(),
                 trainable: spec.trainable,
-                ema: if spec.trainable { value.clone() } else { Vec::new() },
+                ema: if spec.trainable {
+                    value.clone()
+                } else {
+                    Vec::new()
+                },
                 value,
                 first: zeros.clone(),
                 second: zeros,
@@ -74,7 +82,9 @@ impl ParameterStore {
 
     /// Name and entry of every parameter, in name order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Entry)> {
-        self.entries.iter().map(|(name, entry)| (name.as_str(), entry))
+        self.entries
+            .iter()
+            .map(|(name, entry)| (name.as_str(), entry))
     }
 
     /// Name and entry of every trainable parameter, in name order.
@@ -92,7 +102,10 @@ impl ParameterStore {
 
     /// Number of trainable parameters.
     pub fn trainable_count(&self) -> usize {
-        self.iter().filter(|(_, e)| e.trainable).map(|(_, e)| e.value.len()).sum()
+        self.iter()
+            .filter(|(_, e)| e.trainable)
+            .map(|(_, e)| e.value.len())
+            .sum()
     }
 
     /// The weights as leaves of Burn's autodiff graph, for one training step.
@@ -100,7 +113,11 @@ impl ParameterStore {
         let device = Device::flex().autodiff();
         self.tensors(|entry| {
             let tensor = from_slice(&entry.value, &device);
-            if entry.trainable { tensor.require_grad() } else { tensor }
+            if entry.trainable {
+                tensor.require_grad()
+            } else {
+                tensor
+            }
         })
     }
 
@@ -128,7 +145,11 @@ impl ParameterStore {
 impl Entry {
     /// The moving average, or a buffer's value.
     pub fn averaged(&self) -> &[f32] {
-        if self.trainable { &self.ema } else { &self.value }
+        if self.trainable {
+            &self.ema
+        } else {
+            &self.value
+        }
     }
 }
 

@@ -26,12 +26,19 @@ pub fn train(seed: u64, count: usize, vocab_size: usize) -> Result<Tokenizer, Tr
         .vocab_size(vocab_size)
         .show_progress(false)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .special_tokens(vec![AddedToken::from(BOS, true), AddedToken::from(EOS, true)])
+        .special_tokens(vec![
+            AddedToken::from(BOS, true),
+            AddedToken::from(EOS, true),
+        ])
         .build()
         .into();
-    tokenizer.train(&mut trainer, captions(seed).take(count)).map_err(fail)?;
+    tokenizer
+        .train(&mut trainer, captions(seed).take(count))
+        .map_err(fail)?;
     let id = |token: &str| {
-        tokenizer.token_to_id(token).ok_or_else(|| TrainError::Tokenizer(format!("no {token}")))
+        tokenizer
+            .token_to_id(token)
+            .ok_or_else(|| TrainError::Tokenizer(format!("no {token}")))
     };
     let special = vec![(BOS.to_owned(), id(BOS)?)];
     let template = TemplateProcessing::builder()
@@ -47,7 +54,9 @@ pub fn train(seed: u64, count: usize, vocab_size: usize) -> Result<Tokenizer, Tr
 
 /// Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into `dir`.
 pub fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<(), TrainError> {
-    let json = tokenizer.to_string(true).map_err(|e| TrainError::Tokenizer(e.to_string()))?;
+    let json = tokenizer
+        .to_string(true)
+        .map_err(|e| TrainError::Tokenizer(e.to_string()))?;
     let config = serde_json::json!({
         "bos_token": BOS, "eos_token": EOS, "model_max_length": 131_072,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -72,12 +81,18 @@ pub fn encode(
     caption: &str,
     length: usize,
 ) -> Result<(Vec<i32>, Vec<bool>), TrainError> {
-    let encoding =
-        tokenizer.encode(caption, true).map_err(|e| TrainError::Tokenizer(e.to_string()))?;
+    let encoding = tokenizer
+        .encode(caption, true)
+        .map_err(|e| TrainError::Tokenizer(e.to_string()))?;
     let pad = tokenizer
         .token_to_id(EOS)
         .ok_or_else(|| TrainError::Tokenizer(format!("no {EOS} to pad with")))?;
-    let mut ids: Vec<i32> = encoding.get_ids().iter().take(length).map(|id| *id as i32).collect();
+    let mut ids: Vec<i32> = encoding
+        .get_ids()
+        .iter()
+        .take(length)
+        .map(|id| *id as i32)
+        .collect();
     let mut mask = vec![true; ids.len()];
     ids.resize(length, pad as i32);
     mask.resize(length, false);

@@ -63,8 +63,10 @@ pub fn train<T: Task>(
     dir: &Path,
     options: &RunOptions,
 ) -> Result<ParameterStore, TrainError> {
-    std::fs::create_dir_all(dir)
-        .map_err(|source| TrainError::Io { path: dir.to_owned(), source })?;
+    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io {
+        path: dir.to_owned(),
+        source,
+    })?;
     let common = &config.run;
     let mut state = start(task, config, dir)?;
     let mut log = MetricsLog::open(dir)?;
@@ -90,7 +92,10 @@ pub fn train<T: Task>(
 
         let tensors = state.store.tracked();
         let device = burn::tensor::Device::flex().autodiff();
-        let losses = task.loss(&Params::new(&tensors, &device, common.precision.into()), batch)?;
+        let losses = task.loss(
+            &Params::new(&tensors, &device, common.precision.into()),
+            batch,
+        )?;
         let total = f64::from(losses.total.clone().into_scalar::<f32>());
         let gradients = named_gradients(&tensors, &state.store, losses.total.backward());
         let lr = learning_rate(
@@ -117,7 +122,10 @@ pub fn train<T: Task>(
         } else {
             skipped += 1;
             if skipped >= MAX_SKIPPED {
-                return Err(TrainError::NotFinite { steps: skipped, step: state.step });
+                return Err(TrainError::NotFinite {
+                    steps: skipped,
+                    step: state.step,
+                });
             }
         }
         bar.set_position(state.step);
@@ -126,7 +134,9 @@ pub fn train<T: Task>(
             bar.set_message(line.message);
             log.write(&line.json)?;
         }
-        let stop = options.stop.is_some_and(|flag| flag.load(Ordering::Relaxed));
+        let stop = options
+            .stop
+            .is_some_and(|flag| flag.load(Ordering::Relaxed));
         if state.step % common.save_every == 0 || state.step == common.max_steps || stop {
             state.save(dir, common.keep)?;
         }
@@ -152,13 +162,21 @@ fn start<T: Task>(task: &T, config: &RunConfig, dir: &Path) -> Result<Checkpoint
     })?;
     if let Some((path, checkpoint)) = Checkpoint::latest(dir)? {
         check_resumable(&path, &checkpoint, config)?;
-        return Ok(Checkpoint { config: text, ..checkpoint });
+        return Ok(Checkpoint {
+            config: text,
+            ..checkpoint
+        });
     }
     let resolved = serde_json::to_string_pretty(config).unwrap_or_else(|_| text.clone());
     let path = dir.join("config.json");
     std::fs::write(&path, resolved).map_err(|source| TrainError::Io { path, source })?;
     let store = ParameterStore::initialise(config.run.seed, |p| task.build(p))?;
-    Ok(Checkpoint { step: 0, updates: 0, config: text, store })
+    Ok(Checkpoint {
+        step: 0,
+        updates: 0,
+        config: text,
+        store,
+    })
 }
 
 /// A run may be resumed with another length or other intervals, not as another model or with other
@@ -168,14 +186,18 @@ fn check_resumable(
     checkpoint: &Checkpoint,
     config: &RunConfig,
 ) -> Result<(), TrainError> {
-    let resume = |reason: String| TrainError::Resume { path: path.to_owned(), reason };
+    let resume = |reason: String| TrainError::Resume {
+        path: path.to_owned(),
+        reason,
+    };
     let old: RunConfig = serde_json::from_str(&checkpoint.config)
         .map_err(|e| resume(format!("its configuration cannot be read ({e})")))?;
     let essence = |config: &RunConfig| {
         let run = &config.run;
         let mut task = json!(config.task);
         // Part of the schedule, like `max_steps`.
-        task.as_object_mut().map(|task| task.remove("full_size_steps"));
+        task.as_object_mut()
+            .map(|task| task.remove("full_size_steps"));
         json!({
             "task": task, "seed": run.seed, "batch_size": run.batch_size,
             "optimizer": run.optimizer, "warmup_steps": run.warmup_steps,
@@ -201,8 +223,10 @@ fn sample<T: Task>(
     step: u64,
     dir: &Path,
 ) -> Result<(), TrainError> {
-    std::fs::create_dir_all(dir)
-        .map_err(|source| TrainError::Io { path: dir.to_owned(), source })?;
+    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io {
+        path: dir.to_owned(),
+        source,
+    })?;
     task.sample(&store.averaged(), step, dir)
 }
 
@@ -289,12 +313,17 @@ impl MetricsLog {
             .create(true)
             .append(true)
             .open(&path)
-            .map_err(|source| TrainError::Io { path: path.clone(), source })?;
+            .map_err(|source| TrainError::Io {
+                path: path.clone(),
+                source,
+            })?;
         Ok(Self { path, file })
     }
 
     fn write(&mut self, line: &serde_json::Value) -> Result<(), TrainError> {
-        writeln!(self.file, "{line}")
-            .map_err(|source| TrainError::Io { path: self.path.clone(), source })
+        writeln!(self.file, "{line}").map_err(|source| TrainError::Io {
+            path: self.path.clone(),
+            source,
+        })
     }
 }

@@ -19,7 +19,10 @@ fn load(name: &str, overrides: &[&str]) -> RunConfig {
 }
 
 fn quiet() -> RunOptions {
-    RunOptions { quiet: true, stop: None }
+    RunOptions {
+        quiet: true,
+        stop: None,
+    }
 }
 
 const TINY_AUTOENCODER: [&str; 9] = [
@@ -76,7 +79,12 @@ fn another_run_under_the_same_folder_is_refused() {
 fn the_whole_recipe_runs() {
     let folder = tempfile::tempdir().unwrap();
     let (out, runs) = (folder.path().join("model"), folder.path().join("runs"));
-    let short = ["run.max_steps=2", "run.batch_size=2", "run.save_every=2", "run.log_every=1"];
+    let short = [
+        "run.max_steps=2",
+        "run.batch_size=2",
+        "run.save_every=2",
+        "run.log_every=1",
+    ];
     let with = |name: &str, extra: &[&str]| load(name, &[&short[..], extra].concat());
     let autoencoder = with("miniature-autoencoder.yaml", &["run.sample_every=2"]);
     let text = ["task.tokenizer_captions=500", "task.vocab_size=300"];
@@ -86,7 +94,11 @@ fn the_whole_recipe_runs() {
     assert!(runs.join("autoencoder/samples/step-00000002.png").exists());
 
     let latents = runs.join("latents");
-    let plan = LatentsPlan { shards: 1, image_size: 128, seed: 0 };
+    let plan = LatentsPlan {
+        shards: 1,
+        image_size: 128,
+        seed: 0,
+    };
     let precision = nitro_ops::Precision::Bf16;
     miniature::cache_latents(&out, &latents, plan, precision, &quiet()).unwrap();
 
