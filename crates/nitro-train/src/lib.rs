@@ -22,3 +22,5 @@ pub mod tokenizer;
 pub mod trainer;
 
 pub use error::TrainError;
+/// Runs a training on a thread of the pool, which spares each kernel the hand-over to it.
+pub use nitro_kernels::pool::install as in_pool;

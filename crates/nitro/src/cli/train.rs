@@ -114,7 +114,7 @@ impl CommonArgs {
 /// Runs the command.
 pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
     interrupt::install();
-    interrupt::watched(|| match command {
+    let work = || match command {
         TrainCommand::Run(args) => {
             let config = RunConfig::load(&args.config, &args.overrides)?;
             Ok(miniature::run(
@@ -135,5 +135,6 @@ pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
             let miniature = Miniature::load(&args.configs, args.plan.plan())?;
             Ok(miniature.train(&args.runs, &args.out, &args.common.options())?)
         }
-    })
+    };
+    interrupt::watched(|| nitro_train::in_pool(work))
 }
