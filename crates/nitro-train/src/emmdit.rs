@@ -45,8 +45,10 @@ const PROMPTS: [&str; 16] = [
     "a yellow star and a purple ring",
     "a red circle left of a blue square",
 ];
-const STEPS: usize = 20;
-const GUIDANCE: f32 = 4.5;
+/// Sampling steps of the samples, and of the model when nothing else is asked for.
+pub(crate) const STEPS: usize = 20;
+/// Guidance scale, likewise.
+pub(crate) const GUIDANCE: f32 = 4.5;
 
 /// An E-MMDiT, its data, and the frozen parts around it.
 pub struct EmmditTraining<'a> {

@@ -153,6 +153,7 @@ impl Miniature {
             self.emmdit.run.precision.into(),
             options,
         )?;
+        let text_tokens = task.text_tokens;
         let task = EmmditTask {
             latents,
             frozen: out.to_owned(),
@@ -162,8 +163,21 @@ impl Miniature {
             task: TaskConfig::Emmdit(task),
             ..self.emmdit.clone()
         };
-        run(&config, &runs.join("emmdit"), out, options)
+        run(&config, &runs.join("emmdit"), out, options)?;
+        write_card(out, text_tokens, self.latents.image_size)
     }
+}
+
+/// Writes `nitro.json`, by which a model folder is loaded (`nitro_pipeline::ModelCard`).
+fn write_card(out: &Path, text_tokens: usize, resolution: usize) -> Result<(), TrainError> {
+    let base = serde_json::json!({
+        "name": "base", "resolution": resolution, "transformer": "transformer.safetensors",
+        "steps": crate::emmdit::STEPS, "guidance": crate::emmdit::GUIDANCE,
+    });
+    let card = serde_json::json!({
+        "format": 1, "name": "nitro-miniature", "text_tokens": text_tokens, "variants": [base],
+    });
+    write_json(&out.join("nitro.json"), &card)
 }
 
 /// Writes the cached pairs that are missing in `dir`, with the autoencoder of the model folder
