@@ -8,7 +8,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use nitro_diffusion::guidance;
-use nitro_diffusion::noise::CpuGenerator;
+use nitro_diffusion::noise::NoiseKind;
 use nitro_diffusion::sampler::Euler;
 use nitro_diffusion::schedule::{Density, FlowMatchEuler};
 use nitro_models::dcae::{DcaeConfig, Decoder};
@@ -203,22 +203,18 @@ impl Task for EmmditTraining<'_> {
         let count = PROMPTS.len();
         let empty = self.empty_text.clone().repeat_dim(0, count);
         let text = Tensor::cat(vec![empty, self.text_states(&PROMPTS)?], 0);
-        let noise: Vec<f32> = (0..count)
-            .flat_map(|i| CpuGenerator::new(i as u64).randn(c * h * w))
-            .collect();
+        let seeds: Vec<u64> = (0..count as u64).collect();
+        let noise = NoiseKind::TorchCpu.per_sample(&seeds, c * h * w);
         let timetable = self.schedule.timetable(STEPS)?;
         let latents = Euler::new(&timetable).run(
             noise,
             count,
-            |x: &[f32], timestep| {
-                let both = [x, x].concat();
-                let both = Tensor::from_data(TensorData::new(both, [2 * count, c, h, w]), &device);
+            guidance::classifier_free(GUIDANCE, |both: &[f32], timestep| {
+                let both = TensorData::new(both.to_vec(), [2 * count, c, h, w]);
                 let times = vec![timestep; 2 * count];
-                let v = model.forward(both, text.clone(), &times)?;
-                let v = v.into_data().try_into_vec::<f32>().unwrap_or_default();
-                let (uncond, cond) = v.split_at(x.len());
-                Ok::<_, TrainError>(guidance::combine(uncond, cond, GUIDANCE)?)
-            },
+                let v = model.forward(Tensor::from_data(both, &device), text.clone(), &times)?;
+                Ok::<_, TrainError>(v.into_data().try_into_vec::<f32>().unwrap_or_default())
+            }),
             |_| std::ops::ControlFlow::Continue(()),
         );
         let latents = match latents {

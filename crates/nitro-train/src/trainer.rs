@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::TrainError;
 use crate::checkpoint::Checkpoint;
 use crate::config::{CommonConfig, RunConfig};
+use crate::files::write_json;
 use crate::optimizer::{learning_rate, named_gradients, step};
 use crate::store::ParameterStore;
 
@@ -167,9 +168,7 @@ fn start<T: Task>(task: &T, config: &RunConfig, dir: &Path) -> Result<Checkpoint
             ..checkpoint
         });
     }
-    let resolved = serde_json::to_string_pretty(config).unwrap_or_else(|_| text.clone());
-    let path = dir.join("config.json");
-    std::fs::write(&path, resolved).map_err(|source| TrainError::Io { path, source })?;
+    write_json(&dir.join("config.json"), config)?;
     let store = ParameterStore::initialise(config.run.seed, |p| task.build(p))?;
     Ok(Checkpoint {
         step: 0,

@@ -102,12 +102,13 @@ fn the_whole_recipe_runs() {
     let precision = nitro_ops::Precision::Bf16;
     miniature::cache_latents(&out, &latents, plan, precision, &quiet()).unwrap();
 
-    let mut emmdit = with("miniature-emmdit.yaml", &["run.sample_every=0"]);
+    let mut emmdit = with("miniature-emmdit.yaml", &["run.sample_every=2"]);
     if let TaskConfig::Emmdit(task) = &mut emmdit.task {
         task.latents = latents;
         task.frozen = out.clone();
     }
     miniature::run(&emmdit, &runs.join("emmdit"), &out, &quiet()).unwrap();
+    assert!(runs.join("emmdit/samples/step-00000002.png").exists());
     for file in [
         "transformer.safetensors",
         "dc-ae/config.json",
