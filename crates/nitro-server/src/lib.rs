@@ -1,0 +1,1 @@
+//! An HTTP image service over the nitro pipeline.
