@@ -57,6 +57,14 @@ pub enum PipelineError {
         /// Which parts, what was found and what was expected.
         reason: String,
     },
+    /// A model computed infinities or no numbers at all.
+    #[error(
+        "{file} gave values that are not finite: its weights are damaged; download or copy it again"
+    )]
+    NotFinite {
+        /// The weights of the part whose output was wrong.
+        file: String,
+    },
     /// The sampler refused its settings.
     #[error(transparent)]
     Sampling(#[from] nitro_diffusion::Error),

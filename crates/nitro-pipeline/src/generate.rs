@@ -357,7 +357,12 @@ impl Run<'_> {
             let first = i * self.request.batch;
             finished.extend(self.denoise_batch(first, latents, text, start)?);
         }
-        Ok(finished)
+        match finished.iter().all(|x| x.is_finite()) {
+            true => Ok(finished),
+            false => Err(PipelineError::NotFinite {
+                file: self.pipeline.sources.transformer.name(),
+            }),
+        }
     }
 
     fn denoise_batch(

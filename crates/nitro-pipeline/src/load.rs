@@ -16,7 +16,7 @@ use crate::PipelineError;
 use crate::card::{ModelCard, Variant};
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Pipeline, Sources};
 use crate::tokenizer::TextTokenizer;
 
 /// Metadata key under which our own transformer files carry their [`EmmditConfig`] as JSON.
@@ -138,23 +138,24 @@ impl PipelineBuilder {
             Llama::new(&text_config, &Params::new(&text_weights, device, precision))?;
 
         (self.on_part)("image decoder");
-        let autoencoder_weights = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
-        let weights = open_weights(&autoencoder_weights)?;
+        let autoencoder_file = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
+        let weights = open_weights(&autoencoder_file)?;
         let decoder = Decoder::new(&autoencoder, &Params::new(&weights, device, precision))?;
 
-        let transformer_file = files.file(&variant.transformer)?;
-        let mut weight_files = vec![transformer_file, text_file, autoencoder_weights.clone()];
+        let mut adapters = Vec::new();
         if let Some(folder) = &variant.lora {
-            weight_files.push(files.part_file(folder, ADAPTER_WEIGHTS)?);
+            adapters.push((files.part_file(folder, ADAPTER_WEIGHTS)?, 1.0));
         }
-        let own = self
-            .loras
-            .iter()
-            .map(|(folder, _)| folder.join(ADAPTER_WEIGHTS));
-        weight_files.extend(own.map(ModelFile::Disk));
+        for (folder, scale) in self.loras {
+            adapters.push((ModelFile::Disk(folder.join(ADAPTER_WEIGHTS)), scale));
+        }
         Ok(Pipeline {
-            weights: weight_files,
-            adapter_scales: self.loras.iter().map(|(_, scale)| *scale).collect(),
+            sources: Sources {
+                transformer: files.file(&variant.transformer)?,
+                text_encoder: text_file,
+                autoencoder: autoencoder_file,
+                adapters,
+            },
             name: card.name.clone(),
             variant,
             tokenizer,
@@ -163,7 +164,6 @@ impl PipelineBuilder {
             autoencoder,
             decoder,
             encoder: OnceLock::new(),
-            autoencoder_weights,
             device: self.device,
             precision,
             load_time: began.elapsed(),

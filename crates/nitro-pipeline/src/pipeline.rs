@@ -35,14 +35,20 @@ pub struct Pipeline {
     pub(crate) decoder: Decoder,
     /// Loaded when a request first brings an image.
     pub(crate) encoder: OnceLock<Encoder>,
-    pub(crate) autoencoder_weights: ModelFile,
-    /// All weight files, for the fingerprint.
-    pub(crate) weights: Vec<ModelFile>,
-    /// Adapters that the user added, with their scales.
-    pub(crate) adapter_scales: Vec<f64>,
+    pub(crate) sources: Sources,
     pub(crate) device: Device,
     pub(crate) precision: Precision,
     pub(crate) load_time: Duration,
+}
+
+/// The weight files a pipeline was loaded from.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    pub(crate) transformer: ModelFile,
+    pub(crate) text_encoder: ModelFile,
+    pub(crate) autoencoder: ModelFile,
+    /// With the scales they were merged at.
+    pub(crate) adapters: Vec<(ModelFile, f64)>,
 }
 
 /// Token ids and features of a list of texts.
@@ -87,10 +93,12 @@ impl Pipeline {
     /// scales, text encoder, autoencoder. Reads all weight files.
     pub fn fingerprint(&self) -> Result<String, PipelineError> {
         let mut sha256 = Sha256::new();
-        for file in &self.weights {
+        let parts = &self.sources;
+        for file in [&parts.transformer, &parts.text_encoder, &parts.autoencoder] {
             file.hash_into(&mut sha256)?;
         }
-        for scale in &self.adapter_scales {
+        for (file, scale) in &parts.adapters {
+            file.hash_into(&mut sha256)?;
             sha256.update(scale.to_le_bytes());
         }
         Ok(sha256
@@ -134,6 +142,7 @@ impl Pipeline {
         let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
         let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, shape), &self.device);
         let features = self.text_encoder.forward(ids, mask).map_err(misfit)?;
+        finite(features.clone(), &self.sources.text_encoder)?;
         Ok(TextFeatures {
             texts,
             tokens,
@@ -166,7 +175,10 @@ impl Pipeline {
         let mut pictures = Vec::new();
         for some in latents.chunks(together * canvas.latent_len()) {
             let decoded = self.decode_latents(some, some.len() / canvas.latent_len())?;
-            pictures.extend(pixels::to_pictures(decoded));
+            pictures.extend(pixels::to_pictures(&finite(
+                decoded,
+                &self.sources.autoencoder,
+            )?));
         }
         Ok(pictures)
     }
@@ -176,7 +188,7 @@ impl Pipeline {
             Some(encoder) => Ok(encoder),
             None => {
                 let encoder = load_encoder(
-                    &self.autoencoder_weights,
+                    &self.sources.autoencoder,
                     &self.autoencoder,
                     &self.device,
                     self.precision,
@@ -191,6 +203,18 @@ impl Pipeline {
 pub(crate) fn misfit(error: InputError) -> PipelineError {
     PipelineError::Mismatch {
         reason: error.to_string(),
+    }
+}
+
+/// A tensor as data, if it holds no infinities and no NaN: those come from damaged weights in `file`.
+pub(crate) fn finite<const D: usize>(
+    tensor: Tensor<D>,
+    file: &ModelFile,
+) -> Result<TensorData, PipelineError> {
+    let data = tensor.into_data().convert::<f32>();
+    match data.as_slice::<f32>() {
+        Ok(values) if values.iter().all(|x| x.is_finite()) => Ok(data),
+        _ => Err(PipelineError::NotFinite { file: file.name() }),
     }
 }
 

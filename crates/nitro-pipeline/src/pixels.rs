@@ -2,9 +2,8 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use image::imageops::{self, FilterType};
-use image::{GrayImage, ImageBuffer, Pixel, RgbImage};
+use image::{GrayImage, ImageBuffer, Pixel, Rgb, RgbImage};
 
-use crate::pipeline::values;
 use crate::request::InitImage;
 
 /// The size of a picture and of its latents.
@@ -31,15 +30,18 @@ impl Canvas {
 
 /// Decoded pictures `[n, 3, h, w]`, values about -1 to 1, to 8 bits. Halves are rounded to even, as
 /// NumPy does for the official pipeline.
-pub(crate) fn to_pictures(decoded: Tensor<4>) -> Vec<RgbImage> {
-    let [_, _, height, width] = decoded.dims();
-    let decoded = values(decoded.permute([0, 2, 3, 1]));
-    let byte = |x: &f32| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
-    decoded
-        .chunks_exact(3 * height * width)
-        .filter_map(|picture| {
-            let bytes = picture.iter().map(byte).collect();
-            RgbImage::from_raw(width as u32, height as u32, bytes)
+pub(crate) fn to_pictures(decoded: &TensorData) -> Vec<RgbImage> {
+    let (height, width) = (decoded.shape()[2], decoded.shape()[3]);
+    let plane = height * width;
+    let byte = |x: f32| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
+    let values = decoded.as_slice::<f32>().unwrap_or_default();
+    values
+        .chunks_exact(3 * plane)
+        .map(|picture| {
+            RgbImage::from_fn(width as u32, height as u32, |x, y| {
+                let at = y as usize * width + x as usize;
+                Rgb([0, 1, 2].map(|channel| byte(picture[channel * plane + at])))
+            })
         })
         .collect()
 }
@@ -119,7 +121,7 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image::{Luma, Rgb};
+    use image::Luma;
 
     fn init(image: RgbImage, mask: Option<GrayImage>) -> InitImage {
         InitImage {
@@ -131,10 +133,8 @@ mod tests {
 
     #[test]
     fn values_become_bytes_and_are_clamped() {
-        let device = Device::flex();
-        let planes = [-1.0, 1.0, -9.0, 9.0, 0.0, -0.5];
-        let tensor = Tensor::<1>::from_floats(planes, &device).reshape([1, 3, 1, 2]);
-        let picture = &to_pictures(tensor)[0];
+        let planes = vec![-1.0f32, 1.0, -9.0, 9.0, 0.0, -0.5];
+        let picture = &to_pictures(&TensorData::new(planes, [1, 3, 1, 2]))[0];
         assert_eq!(picture.get_pixel(0, 0).0, [0, 0, 128]);
         assert_eq!(picture.get_pixel(1, 0).0, [255, 255, 64]);
     }

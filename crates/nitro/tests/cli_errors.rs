@@ -177,6 +177,19 @@ fn corrupted_weights_are_named() {
 }
 
 #[test]
+fn weights_that_are_no_numbers_make_no_picture() {
+    for file in [TRANSFORMER, DECODER, LLAMA] {
+        let place = Workplace::new();
+        place.damage(file, |mut bytes| {
+            let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            bytes[8 + length..].fill(0xff);
+            bytes
+        });
+        place.fails(&[file, "not finite", "damaged"]);
+    }
+}
+
+#[test]
 fn mismatching_weights_name_tensor_expectation_and_finding() {
     let tensor = "block_groups.1.3.attn.to_q.weight";
     let place = Workplace::new();
