@@ -109,9 +109,5 @@ impl EvalError {
 
 /// Writes a file so that a reader sees the old one or the whole new one, never a part.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), EvalError> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".tmp");
-    let temporary = path.with_file_name(name);
-    std::fs::write(&temporary, bytes).map_err(EvalError::io("write", &temporary))?;
-    std::fs::rename(&temporary, path).map_err(EvalError::io("replace", path))
+    nitro_files::write_bytes(path, bytes).map_err(EvalError::io("write", path))
 }

@@ -2,13 +2,13 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
+use nitro_files::write_whole;
 use nitro_kernels::mapped_file::MappedFile;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
@@ -269,13 +269,13 @@ pub fn save_safetensors(
             found: vec![elements.len()],
         });
     }
-    write_aside(path, tensors, metadata, dtype).map_err(|source| WeightError::Io {
+    write_tensors(path, tensors, metadata, dtype).map_err(|source| WeightError::Io {
         path: path.to_owned(),
         source,
     })
 }
 
-fn write_aside(
+fn write_tensors(
     path: &Path,
     tensors: &[(String, Vec<usize>, &[f32])],
     metadata: &HashMap<String, String>,
@@ -299,11 +299,7 @@ fn write_aside(
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' '); // keeps the data aligned
 
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".{}.tmp", std::process::id()));
-    let aside = PathBuf::from(aside);
-    let written = (|| {
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(&aside)?);
+    write_whole(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         for (_, _, elements) in tensors {
@@ -322,16 +318,8 @@ fn write_aside(
                 out.write_all(&bytes)?;
             }
         }
-        out.into_inner()
-            .map_err(io::IntoInnerError::into_error)?
-            .sync_all()?;
-        std::fs::rename(&aside, path)
-    })();
-    if written.is_err() {
-        // The half-written file is of no use; the error that led here is the one to report.
-        let _ = std::fs::remove_file(&aside);
-    }
-    written
+        Ok(())
+    })
 }
 
 /// The safetensors files of a model folder, in the order in which they are read.

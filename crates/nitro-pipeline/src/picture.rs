@@ -11,10 +11,8 @@
 
 use std::{
     borrow::Cow,
-    fs,
-    io::{Cursor, Write},
+    io::Cursor,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use image::{DynamicImage, ImageReader, RgbImage, imageops};
@@ -323,33 +321,10 @@ pub fn save_png(
     picture: &RgbImage,
     parameters: Option<&Parameters>,
 ) -> Result<(), PictureError> {
-    write_whole(path, &encode_png(picture, parameters)?)
-}
-
-/// Writes a file whole or not at all: to a new file beside it that then takes its name.
-///
-/// A reader never sees half a file, and a failure leaves an older file as it was.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), PictureError> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let failed = |source| PictureError::Write {
+    let bytes = encode_png(picture, parameters)?;
+    nitro_files::write_bytes(path, &bytes).map_err(|source| PictureError::Write {
         path: path.to_owned(),
         source,
-    };
-    let Some(name) = path.file_name() else {
-        return Err(failed(std::io::ErrorKind::InvalidInput.into()));
-    };
-    let mut beside = std::ffi::OsString::from(".");
-    beside.push(name);
-    let unique = COUNT.fetch_add(1, Ordering::Relaxed);
-    beside.push(format!(".{}-{unique}.part", std::process::id()));
-    let beside = path.with_file_name(beside);
-    let written = fs::File::create_new(&beside)
-        .and_then(|mut file| file.write_all(bytes))
-        .and_then(|()| fs::rename(&beside, path));
-    written.map_err(|source| {
-        // Nothing to tell if this fails too: the first error is the cause.
-        let _ = fs::remove_file(&beside);
-        failed(source)
     })
 }
 
@@ -358,6 +333,7 @@ mod tests {
     use super::*;
     use image::Rgb;
     use proptest::prelude::*;
+    use std::fs;
 
     fn parameters() -> Parameters {
         Parameters {
@@ -462,7 +438,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fox.png");
         let picture = RgbImage::from_pixel(4, 4, Rgb([9, 8, 7]));
-        write_whole(&path, b"old").unwrap();
+        fs::write(&path, b"old").unwrap();
         save_png(&path, &picture, Some(&parameters())).unwrap();
         assert_eq!(open(&path).unwrap().into_rgb8(), picture);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::TrainError;
 
-/// Writes `bytes` aside and renames them into place.
+/// Writes `bytes` whole or not at all; makes missing folders.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     let io = |source| TrainError::Io {
         path: path.to_owned(),
@@ -13,10 +13,7 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(io)?;
     }
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(".tmp");
-    std::fs::write(&aside, bytes).map_err(io)?;
-    std::fs::rename(&aside, path).map_err(io)
+    nitro_files::write_bytes(path, bytes).map_err(io)
 }
 
 /// Writes `value` as indented JSON.

@@ -59,12 +59,8 @@ pub(crate) fn write_grid(
         let (x, y) = (i % columns * w, i / columns * h);
         image::imageops::replace(&mut grid, &picture, x as i64, y as i64);
     }
-    let aside = path.with_extension("png.tmp");
-    let fail = |reason: String| TrainError::Picture {
+    nitro_pipeline::picture::save_png(path, &grid, None).map_err(|error| TrainError::Picture {
         path: path.to_owned(),
-        reason,
-    };
-    grid.save_with_format(&aside, image::ImageFormat::Png)
-        .map_err(|e| fail(e.to_string()))?;
-    std::fs::rename(&aside, path).map_err(|e| fail(e.to_string()))
+        reason: error.to_string(),
+    })
 }
