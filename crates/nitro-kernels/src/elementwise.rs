@@ -118,7 +118,7 @@ pub fn gate_residual_backward(
 }
 
 /// Runs a one-input kernel over ranges in parallel.
-fn unary(
+pub(crate) fn unary(
     level: Level,
     rows: fn(Level, &[f32], &mut [f32]),
     x: &[f32],
@@ -134,7 +134,7 @@ fn unary(
 }
 
 /// Runs a two-input kernel over ranges in parallel.
-fn binary(
+pub(crate) fn binary(
     level: Level,
     rows: fn(Level, &[f32], &[f32], &mut [f32]),
     a: &[f32],

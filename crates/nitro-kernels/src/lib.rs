@@ -4,6 +4,7 @@ pub mod attention;
 pub mod conv;
 pub mod elementwise;
 pub mod error;
+pub mod gelu;
 pub mod gemm;
 pub mod isa;
 pub mod mapped_file;

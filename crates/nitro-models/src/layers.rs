@@ -95,6 +95,16 @@ impl Linear {
         })
     }
 
+    /// The layer of some of the outputs.
+    pub fn rows(&self, outputs: std::ops::Range<usize>) -> Self {
+        let bias = self.bias.clone();
+        Self {
+            weight: self.weight.clone().slice_dim(0, outputs.clone()),
+            bias: bias.map(|bias| bias.slice_dim(0, outputs)),
+            precision: self.precision,
+        }
+    }
+
     /// Where the weights are.
     pub fn device(&self) -> Device {
         self.weight.device()

@@ -1,6 +1,7 @@
 //! The models of Nitro-E, each with its official state-dict names and shapes.
 
 pub mod dcae;
+pub mod dinov2;
 pub mod emmdit;
 mod error;
 mod formula;

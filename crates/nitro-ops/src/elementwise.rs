@@ -1,10 +1,18 @@
 //! Pointwise operations that the models use between matrix products.
 
 use burn::tensor::{Tensor, activation};
-use nitro_kernels::elementwise;
+use nitro_kernels::{elementwise, gelu as exact};
 
 use crate::fused::{Array, FusedOp, Handle, apply};
 use crate::linear::kernel;
+
+/// GELU in its exact form: `0.5 x (1 + erf(x / sqrt(2)))`.
+pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if let Some(x) = Handle::of(&x) {
+        return apply(Pointwise::Gelu, [x]).into_tensor();
+    }
+    activation::gelu(x)
+}
 
 /// GELU in its tanh approximation: `0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
 pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
@@ -44,6 +52,7 @@ pub fn gate_residual(x: Tensor<3>, gate: Tensor<2>, branch: Tensor<3>) -> Tensor
 
 #[derive(Clone, Copy, Debug)]
 enum Pointwise {
+    Gelu,
     GeluTanh,
     Silu,
 }
@@ -54,6 +63,7 @@ impl FusedOp<1> for Pointwise {
     fn forward(&self, [x]: &[Array; 1], _: bool) -> (Array, ()) {
         let mut y = vec![0.0; x.len()];
         kernel(match self {
+            Self::Gelu => exact::gelu_forward(x.data(), &mut y),
             Self::GeluTanh => elementwise::gelu_tanh_forward(x.data(), &mut y),
             Self::Silu => elementwise::silu_forward(x.data(), &mut y),
         });
@@ -69,6 +79,7 @@ impl FusedOp<1> for Pointwise {
     ) -> [Option<Array>; 1] {
         let mut dx = vec![0.0; x.len()];
         kernel(match self {
+            Self::Gelu => exact::gelu_backward(x.data(), grad.data(), &mut dx),
             Self::GeluTanh => elementwise::gelu_tanh_backward(x.data(), grad.data(), &mut dx),
             Self::Silu => elementwise::silu_backward(x.data(), grad.data(), &mut dx),
         });

@@ -5,7 +5,7 @@
 use burn::tensor::{Bool, DType, Device, Distribution, Tensor, TensorData};
 use nitro_ops::{
     Activation, AttentionShape, ConvGeometry, Precision, Qkv, attention, conv2d, gate_residual,
-    gelu_tanh, joint_attention, layer_norm_modulate, linear, pixel_shuffle, pixel_unshuffle,
+    gelu, gelu_tanh, joint_attention, layer_norm_modulate, linear, pixel_shuffle, pixel_unshuffle,
     relu_linear_attention, rms_norm, silu, silu_gated, upsample_nearest_2x,
 };
 
@@ -136,6 +136,7 @@ fn norms() {
 
 #[test]
 fn pointwise_operations() {
+    check(&[37], |x| gelu(x[0].clone()));
     check(&[37], |x| gelu_tanh(x[0].clone()));
     check(&[37], |x| silu(x[0].clone()));
     check(&[37, 37], |x| silu_gated(x[0].clone(), x[1].clone()));

@@ -12,12 +12,9 @@ use rayon::prelude::*;
 
 use crate::TrainError;
 use crate::config::{AutoencoderTask, CommonConfig};
-use crate::data::{example_seed, step_generator};
+use crate::data::{HELD_OUT, example_seed, step_generator};
 use crate::pictures::{from_bytes, write_grid};
 use crate::trainer::{Losses, Task};
-
-/// Pictures no training step sees, for samples and for the scaling factor.
-const HELD_OUT: u64 = u64::MAX / 2;
 
 /// A DC-AE, its pictures and its loss.
 pub struct Autoencoder<'a> {

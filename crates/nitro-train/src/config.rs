@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use nitro_models::dcae::DcaeConfig;
+use nitro_models::dinov2::Dinov2Config;
 use nitro_models::emmdit::EmmditConfig;
 use nitro_models::llama::LlamaConfig;
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,11 @@ pub struct RunConfig {
 pub struct CommonConfig {
     /// Seed of initialisation, data and noise.
     pub seed: u64,
+    /// Weights to start from instead of a fresh initialisation: a run's folder (the average of its
+    /// newest checkpoint), a checkpoint, or exported weights. REPA projectors may be missing or
+    /// left over.
+    #[serde(default)]
+    pub init_from: Option<PathBuf>,
     /// Optimiser steps.
     pub max_steps: u64,
     /// Examples per step.
@@ -39,7 +45,8 @@ pub struct CommonConfig {
     pub decay_steps: u64,
     /// Largest norm of the whole gradient.
     pub gradient_clip: f64,
-    /// Decay of the exponential moving average of the weights, which is what is exported.
+    /// Decay of the exponential moving average of the weights, which is what is exported; 0 exports
+    /// the weights as they are.
     pub ema_rate: f64,
     /// How matrix products are computed in forward and backward passes; weights stay `f32`.
     pub precision: ComputePrecision,
@@ -99,6 +106,8 @@ pub enum TaskConfig {
     Autoencoder(AutoencoderTask),
     /// The tokenizer and the Llama text encoder on captions of the shapes world.
     LanguageModel(LanguageModelTask),
+    /// A DINOv2 on pictures of the shapes world: REPA's teacher.
+    VisualEncoder(VisualEncoderTask),
     /// The E-MMDiT on cached latents and captions.
     Emmdit(EmmditTask),
 }
@@ -109,6 +118,7 @@ impl TaskConfig {
         match self {
             Self::Autoencoder(_) => "autoencoder",
             Self::LanguageModel(_) => "language_model",
+            Self::VisualEncoder(_) => "visual_encoder",
             Self::Emmdit(_) => "emmdit",
         }
     }
@@ -147,6 +157,24 @@ pub struct LanguageModelTask {
     pub text_tokens: usize,
 }
 
+/// Training of REPA's teacher.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VisualEncoderTask {
+    /// The architecture; pictures are rendered at `img_size`.
+    pub model: Dinov2Config,
+}
+
+/// Alignment with a frozen encoder's features (REPA).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RepaTask {
+    /// Folder of a DINOv2: `config.json` and `model.safetensors`.
+    pub encoder: PathBuf,
+    /// Weight of the alignment in the loss (the official `proj_coeff`).
+    pub weight: f64,
+}
+
 /// E-MMDiT training.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -157,6 +185,9 @@ pub struct EmmditTask {
     pub latents: PathBuf,
     /// Model folder with the frozen autoencoder (`dc-ae`) and text encoder (`text_encoder`).
     pub frozen: PathBuf,
+    /// REPA; the model then has a projector of the encoder's width (`model.repa`).
+    #[serde(default)]
+    pub repa: Option<RepaTask>,
     /// Tokens a caption is padded or cut to.
     pub text_tokens: usize,
     /// Probability of replacing a caption with the empty one, for classifier-free guidance.

@@ -16,6 +16,9 @@ pub(crate) fn example_seed(seed: u64, step: u64, index: usize) -> u64 {
     mix(mix(seed).wrapping_add(place.wrapping_mul(0x9E37_79B9_7F4A_7C15))) >> 1
 }
 
+/// Examples from here on are seen by no training step; they serve samples and measurements.
+pub(crate) const HELD_OUT: u64 = u64::MAX / 2;
+
 /// The generator of noise, timesteps and dropout at `step`.
 ///
 /// A torch-compatible generator keeps the low 32 bits of its seed only.

@@ -2,7 +2,9 @@
 //!
 //! Per example: `u` is logit-normal and chooses a timestep and its sigma, `x = (1 - sigma) z +
 //! sigma noise`, and the model is to give `noise - z`; a caption is replaced by the empty one with
-//! some probability, which is what classifier-free guidance needs. Source: the official `train.py`.
+//! some probability, which is what classifier-free guidance needs. With REPA, the first group's image
+//! tokens are projected and aligned with a frozen DINOv2's patch features of the clean picture.
+//! Source: the official `train.py`.
 
 use std::path::Path;
 
@@ -23,7 +25,9 @@ use crate::config::{CommonConfig, EmmditTask};
 use crate::data::step_generator;
 use crate::language_model::encode_all;
 use crate::latents::{Latents, read_config};
+use crate::losses::{alignment, flow_matching, velocity_tokens};
 use crate::pictures::write_grid;
+use crate::repa::Teacher;
 use crate::trainer::{Losses, Task};
 
 /// Prompts of the sample grids: one or two of each kind of task.
@@ -61,14 +65,16 @@ pub struct EmmditTraining<'a> {
     decoder: Decoder,
     scaling_factor: f64,
     empty_text: Tensor<3>,
+    teacher: Option<Teacher>,
 }
 
 /// The examples of one step.
 pub struct Pairs {
     noisy: Tensor<4>,
-    target: Tensor<3>, // tokens, [batch, h w, c]
+    target: Tensor<3>, // [batch, tokens, patch * patch * c]
     text: Tensor<3>,
     timesteps: Vec<f32>,
+    features: Vec<Tensor<3>>, // REPA's target, if any
 }
 
 impl<'a> EmmditTraining<'a> {
@@ -97,7 +103,18 @@ impl<'a> EmmditTraining<'a> {
         let dcae: DcaeConfig = read_config(&dir.join("config.json"))?;
         let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
         let decoder = Decoder::new(&dcae, &Params::new(&files, &device, precision))?;
+        if task.model.repa.is_some() != task.repa.is_some() {
+            return Err(TrainError::Config {
+                origin: "task".into(),
+                reason: "`repa` names the encoder and `model.repa` its projector: give both or \
+                         neither"
+                    .into(),
+            });
+        }
+        let teacher = |repa| Teacher::new(task, repa, &latents, precision);
+        let teacher = task.repa.as_ref().map(teacher).transpose()?;
         let mut this = Self {
+            teacher,
             common,
             task,
             latents,
@@ -161,10 +178,11 @@ impl Task for EmmditTraining<'_> {
             .collect();
         let dropped = rng.rand(count);
         let noise = rng.randn(count * c * h * w);
+        let pairs: Vec<usize> = (0..count).map(|i| self.index(step, i)).collect();
         let mut captions = Vec::with_capacity(count);
         let (mut noisy, mut target) = (Vec::new(), Vec::new());
         for (i, level) in levels.iter().enumerate() {
-            let (latent, caption) = self.latents.pair(self.index(step, i));
+            let (latent, caption) = self.latents.pair(pairs[i]);
             let keep = f64::from(dropped[i]) >= self.task.caption_dropout;
             captions.push(if keep { caption } else { "" });
             let noise = &noise[i * c * h * w..(i + 1) * c * h * w];
@@ -179,19 +197,34 @@ impl Task for EmmditTraining<'_> {
         let target = Tensor::<4>::from_data(TensorData::new(target, shape), &device);
         Ok(Pairs {
             noisy: Tensor::from_data(TensorData::new(noisy, shape), &device),
-            target: target.permute([0, 2, 3, 1]).reshape([count, h * w, c]),
+            target: velocity_tokens(target, self.task.model.patch_size),
             text: self.text_states(&captions)?,
             timesteps: levels.iter().map(|level| level.timestep).collect(),
+            features: match &self.teacher {
+                Some(teacher) => vec![teacher.features(&self.latents, &pairs)?],
+                None => Vec::new(),
+            },
         })
     }
 
     fn loss(&self, p: &Params<'_>, batch: Pairs) -> Result<Losses, TrainError> {
         let model = Emmdit::new(&self.task.model, p)?;
         let output = model.forward_train(batch.noisy, batch.text, &batch.timesteps)?;
-        let total = (output.tokens - batch.target).powi_scalar(2).mean();
+        let difference = flow_matching(output.tokens, batch.target);
+        let aligned = alignment(output.projections, &batch.features).zip(self.teacher.as_ref());
+        let Some((aligned, teacher)) = aligned else {
+            return Ok(Losses {
+                total: difference,
+                parts: Vec::new(),
+            });
+        };
+        let value = |loss: &Tensor<1>| f64::from(loss.clone().into_scalar::<f32>());
         Ok(Losses {
-            total,
-            parts: Vec::new(),
+            parts: vec![
+                ("diff_loss", value(&difference)),
+                ("proj_loss", value(&aligned)),
+            ],
+            total: difference + aligned * teacher.weight,
         })
     }
 

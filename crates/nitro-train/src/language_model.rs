@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use nitro_data::shapes::captions;
 use nitro_models::layers::Linear;
 use nitro_models::llama::{Llama, LlamaConfig};
@@ -18,6 +18,7 @@ use tokenizers::Tokenizer;
 use crate::TrainError;
 use crate::config::{CommonConfig, LanguageModelTask};
 use crate::data::example_seed;
+use crate::losses::cross_entropy;
 use crate::tokenizer::encode;
 use crate::trainer::{Losses, Task};
 
@@ -97,17 +98,14 @@ pub(crate) fn encode_all<S: AsRef<str>>(
 }
 
 /// Mean cross entropy of `logits [B, T, vocab]` at `targets [B, T]` where `counted [B, T]`.
-fn cross_entropy(
-    logits: Tensor<3>,
-    targets: Tensor<2, Int>,
-    counted: Tensor<2, Bool>,
-) -> Tensor<1> {
+fn token_loss(logits: Tensor<3>, targets: Tensor<2, Int>, counted: Tensor<2, Bool>) -> Tensor<1> {
     let [batch, tokens, vocab] = logits.dims();
     let rows = batch * tokens;
-    let weights = counted.float().reshape([rows, 1]);
-    let log_probs = activation::log_softmax(logits.reshape([rows, vocab]), 1);
-    let picked = log_probs.gather(1, targets.reshape([rows, 1]));
-    (picked * weights.clone()).sum().neg() / weights.sum()
+    cross_entropy(
+        logits.reshape([rows, vocab]),
+        targets.reshape([rows]),
+        Some(counted.reshape([rows])),
+    )
 }
 
 impl Task for LanguageModel<'_> {
@@ -134,7 +132,7 @@ impl Task for LanguageModel<'_> {
         // Position t predicts token t + 1: the first padding token (the end of the text) included.
         let logits = model.logits(hidden.clone())?; // [B, T, vocab]
         let ahead = mask.clone().slice_dim(1, 0..length - 1);
-        let next = cross_entropy(
+        let next = token_loss(
             logits.slice_dim(1, 0..length - 1),
             ids.clone().slice_dim(1, 1..length),
             ahead,
@@ -143,7 +141,7 @@ impl Task for LanguageModel<'_> {
         for (head, back) in self.recall_heads(p)?.iter().zip(RECALLED) {
             let logits = head.forward(hidden.clone().slice_dim(1, back..length));
             let targets = ids.clone().slice_dim(1, 0..length - back);
-            recall.push(cross_entropy(
+            recall.push(token_loss(
                 logits,
                 targets,
                 mask.clone().slice_dim(1, back..length),

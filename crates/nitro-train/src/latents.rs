@@ -1,9 +1,9 @@
 //! Cached training pairs: latents of rendered pictures, with their captions.
 //!
 //! A folder of shards `shard-00000.safetensors`, each with `latents [n, c, h, w]` (`f16`, multiplied
-//! by the autoencoder's scaling factor) and the captions as a JSON list in its metadata. Shard `i`
-//! is a function of the seed and `i`, so a run that was killed goes on with the shards that are
-//! missing.
+//! by the autoencoder's scaling factor) and, in its metadata, the captions as a JSON list and the
+//! seed. Shard `i` is a function of the seed and `i`, so a run that was killed goes on with the
+//! shards that are missing, and a picture is rendered again where it is needed (REPA's teacher).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -72,7 +72,10 @@ pub fn precompute(
             bar.inc(BATCH as u64);
         }
         let text = serde_json::to_string(&captions).unwrap_or_default();
-        let metadata = HashMap::from([("captions".to_owned(), text)]);
+        let metadata = HashMap::from([
+            ("captions".to_owned(), text),
+            ("seed".to_owned(), seed.to_string()),
+        ]);
         let tensors = [("latents".to_owned(), shape.to_vec(), latents.as_slice())];
         save_safetensors(&path, &tensors, &metadata, DType::F16)?;
     }
@@ -86,6 +89,8 @@ pub struct Latents {
     pub shape: [usize; 3],
     values: Vec<half::f16>,
     captions: Vec<String>,
+    /// Seed of each shard, and the index of its first pair.
+    shards: Vec<(u64, usize)>,
 }
 
 impl Latents {
@@ -99,6 +104,7 @@ impl Latents {
             shape: [0; 3],
             values: Vec::new(),
             captions: Vec::new(),
+            shards: Vec::new(),
         };
         for index in 0.. {
             let path = shard_path(dir, index);
@@ -110,7 +116,13 @@ impl Latents {
             let &[_, c, h, w] = shape.as_slice() else {
                 return Err(wrong("latents are not of rank 4"));
             };
+            if index > 0 && all.shape != [c, h, w] {
+                return Err(wrong("the shards' latents differ in shape"));
+            }
             all.shape = [c, h, w];
+            let seed = files.metadata().get("seed").map_or("0", String::as_str);
+            let seed = seed.parse().map_err(|_| wrong("a seed is not a number"))?;
+            all.shards.push((seed, all.captions.len()));
             all.values
                 .extend(values.into_iter().map(half::f16::from_f32));
             let captions = files
@@ -143,6 +155,33 @@ impl Latents {
 
     fn size(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The seed from which the picture of pair `index` was rendered ([`Example::from_seed`]).
+    pub fn seed(&self, index: usize) -> u64 {
+        let shard = self.shards.partition_point(|(_, first)| *first <= index) - 1;
+        let (seed, first) = self.shards[shard];
+        example_seed(seed, shard as u64, index - first)
+    }
+
+    /// Fails unless the pictures rendered from [`seed`](Self::seed) are those the latents are of, as
+    /// far as captions tell.
+    pub fn check_seeds(&self) -> Result<(), TrainError> {
+        for (_, first) in &self.shards {
+            let rendered = Example::from_seed(self.seed(*first)).caption;
+            let stored = &self.captions[*first];
+            if rendered != *stored {
+                return Err(TrainError::Config {
+                    origin: "the cached latents".into(),
+                    reason: format!(
+                        "their pictures cannot be rendered again for REPA: pair {first} says \
+                         \"{stored}\", its seed gives \"{rendered}\"; write them again with \
+                         `nitro train latents`"
+                    ),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Latent and caption of pair `index`.

@@ -1,4 +1,4 @@
-//! Training: the autoencoder, the text encoder and the E-MMDiT, with checkpoints that resume exactly.
+//! Training: the autoencoder, the text encoder, REPA's teacher and the E-MMDiT, with checkpoints that resume exactly.
 //!
 //! A run is a [`config::RunConfig`]; [`trainer::train`] takes a [`trainer::Task`] (model, data,
 //! loss) through it. Weights are kept in `f32`; matrix products are computed in the precision of the
@@ -14,12 +14,16 @@ mod error;
 mod files;
 pub mod language_model;
 pub mod latents;
+pub mod losses;
 pub mod miniature;
 pub mod optimizer;
 mod pictures;
+mod repa;
+mod start;
 pub mod store;
 pub mod tokenizer;
 pub mod trainer;
+pub mod visual_encoder;
 
 pub use error::TrainError;
 /// Runs a training on a thread of the pool, which spares each kernel the hand-over to it.

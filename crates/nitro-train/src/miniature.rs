@@ -1,5 +1,6 @@
 //! Everything that the shipped miniature consists of, from nothing: the autoencoder, the tokenizer
-//! and text encoder, the cached latents, the E-MMDiT, and the model folder at the end.
+//! and text encoder, the cached latents, REPA's teacher, the E-MMDiT in two stages, and the model
+//! folder at the end.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,12 +10,13 @@ use nitro_models::{DType, save_safetensors};
 
 use crate::TrainError;
 use crate::autoencoder::{Autoencoder, shipped_config};
-use crate::config::{EmmditTask, RunConfig, TaskConfig};
+use crate::config::{CommonConfig, EmmditTask, RepaTask, RunConfig, TaskConfig};
 use crate::emmdit::EmmditTraining;
 use crate::files::write_json;
 use crate::language_model::{LanguageModel, RECALL};
 use crate::store::ParameterStore;
 use crate::trainer::{RunOptions, train};
+use crate::visual_encoder::{HEADS, VisualEncoder};
 
 /// Number of cached pairs, and the size of their pictures.
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +31,8 @@ pub struct LatentsPlan {
 
 /// Runs the configuration `config` in `dir`; what it exports goes to `export`.
 ///
-/// An autoencoder exports `dc-ae/`, a language model `text_encoder/`, an E-MMDiT
-/// `transformer.safetensors`, each as a Hub folder has it.
+/// An autoencoder exports `dc-ae/`, a language model `text_encoder/`, a visual encoder
+/// `visual_encoder/`, an E-MMDiT `transformer.safetensors`, each as a Hub folder has it.
 pub fn run(
     config: &RunConfig,
     dir: &Path,
@@ -61,6 +63,12 @@ pub fn run(
             let store = train(&training, config, dir, options)?;
             crate::tokenizer::save(&tokenizer, &out)?;
             write_json(&out.join("config.json"), training.model())?;
+            save(&store, &out.join("model.safetensors"), HashMap::new())
+        }
+        TaskConfig::VisualEncoder(task) => {
+            let store = train(&VisualEncoder::new(&config.run, task), config, dir, options)?;
+            let out = export.join("visual_encoder");
+            write_json(&out.join("config.json"), &task.model)?;
             save(&store, &out.join("model.safetensors"), HashMap::new())
         }
         TaskConfig::Emmdit(task) => {
@@ -96,9 +104,10 @@ fn save(
             source,
         })?;
     }
+    let head = |name: &str| name.starts_with(RECALL) || name.starts_with(HEADS);
     let tensors: Vec<_> = store
         .iter()
-        .filter(|(name, entry)| entry.trainable && !name.starts_with(RECALL))
+        .filter(|(name, entry)| entry.trainable && !head(name))
         .map(|(name, entry)| (name.to_owned(), entry.shape.clone(), entry.averaged()))
         .collect();
     Ok(save_safetensors(path, &tensors, &metadata, DType::F16)?)
@@ -111,20 +120,26 @@ pub struct Miniature {
     pub autoencoder: RunConfig,
     /// Trains the tokenizer and the text encoder.
     pub text_encoder: RunConfig,
-    /// Trains the E-MMDiT.
-    pub emmdit: RunConfig,
+    /// Trains REPA's teacher.
+    pub teacher: RunConfig,
+    /// Trains the E-MMDiT with REPA.
+    pub stage1: RunConfig,
+    /// Trains it further, from the first stage's average and without REPA.
+    pub stage2: RunConfig,
     /// The cached pairs.
     pub latents: LatentsPlan,
 }
 
 impl Miniature {
-    /// Reads `miniature-{autoencoder,text-encoder,emmdit}.yaml` of `configs`.
+    /// Reads `miniature-{autoencoder,text-encoder,teacher,stage1,stage2}.yaml` of `configs`.
     pub fn load(configs: &Path, latents: LatentsPlan) -> Result<Self, TrainError> {
         let read = |name: &str| RunConfig::load(&configs.join(name), &[]);
         Ok(Self {
             autoencoder: read("miniature-autoencoder.yaml")?,
             text_encoder: read("miniature-text-encoder.yaml")?,
-            emmdit: read("miniature-emmdit.yaml")?,
+            teacher: read("miniature-teacher.yaml")?,
+            stage1: read("miniature-stage1.yaml")?,
+            stage2: read("miniature-stage2.yaml")?,
             latents,
         })
     }
@@ -139,33 +154,57 @@ impl Miniature {
         if !done("text_encoder/model.safetensors") {
             run(&self.text_encoder, &runs.join("text-encoder"), out, options)?;
         }
-        let TaskConfig::Emmdit(task) = &self.emmdit.task else {
-            return Err(TrainError::Config {
-                origin: "miniature-emmdit.yaml".into(),
-                reason: format!("task kind is {}, expected emmdit", self.emmdit.task.kind()),
-            });
-        };
         let latents = runs.join("latents");
-        cache_latents(
-            out,
-            &latents,
-            self.latents,
-            self.emmdit.run.precision.into(),
-            options,
-        )?;
-        let text_tokens = task.text_tokens;
-        let task = EmmditTask {
-            latents,
-            frozen: out.to_owned(),
-            ..task.clone()
-        };
-        let config = RunConfig {
-            task: TaskConfig::Emmdit(task),
-            ..self.emmdit.clone()
-        };
-        run(&config, &runs.join("emmdit"), out, options)?;
-        write_card(out, text_tokens, self.latents.image_size)
+        let precision = self.stage1.run.precision.into();
+        cache_latents(out, &latents, self.latents, precision, options)?;
+        let (teacher, stage1) = (runs.join("teacher"), runs.join("stage1"));
+        let encoder = teacher.join("visual_encoder");
+        if !encoder.join("model.safetensors").exists() {
+            run(&self.teacher, &teacher, &teacher, options)?;
+        }
+        let first = placed(&self.stage1, &latents, out, Some(&encoder), None)?;
+        run(&first, &stage1, &stage1.join("export"), options)?;
+        let second = placed(&self.stage2, &latents, out, None, Some(&stage1))?;
+        run(&second, &runs.join("stage2"), out, options)?;
+        match &second.task {
+            TaskConfig::Emmdit(task) => write_card(out, task.text_tokens, self.latents.image_size),
+            _ => Ok(()),
+        }
     }
+}
+
+/// A stage's configuration with the folders of this recipe.
+fn placed(
+    stage: &RunConfig,
+    latents: &Path,
+    frozen: &Path,
+    encoder: Option<&Path>,
+    init_from: Option<&Path>,
+) -> Result<RunConfig, TrainError> {
+    let TaskConfig::Emmdit(task) = &stage.task else {
+        return Err(TrainError::Config {
+            origin: "a stage of the miniature".into(),
+            reason: format!("task kind is {}, expected emmdit", stage.task.kind()),
+        });
+    };
+    let mut task = EmmditTask {
+        latents: latents.to_owned(),
+        frozen: frozen.to_owned(),
+        ..task.clone()
+    };
+    if let (Some(repa), Some(encoder)) = (&mut task.repa, encoder) {
+        *repa = RepaTask {
+            encoder: encoder.to_owned(),
+            ..repa.clone()
+        };
+    }
+    Ok(RunConfig {
+        run: CommonConfig {
+            init_from: init_from.map(Path::to_owned),
+            ..stage.run.clone()
+        },
+        task: TaskConfig::Emmdit(task),
+    })
 }
 
 /// Writes `nitro.json`, by which a model folder is loaded (`nitro_pipeline::ModelCard`).

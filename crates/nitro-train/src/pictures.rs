@@ -28,6 +28,21 @@ pub(crate) fn from_bytes(
     out
 }
 
+/// ImageNet's mean and deviation of each channel, of pixels in `0..=1`.
+const IMAGENET: [(f32, f32); 3] = [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)];
+
+/// A picture `[3, side, side]` in `-1..=1` as DINOv2 takes it: normalised with ImageNet's mean and
+/// deviation.
+pub(crate) fn normalised(mut picture: Vec<f32>) -> Vec<f32> {
+    let plane = (picture.len() / 3).max(1);
+    for (values, (mean, deviation)) in picture.chunks_exact_mut(plane).zip(IMAGENET) {
+        for value in values {
+            *value = (*value * 0.5 + 0.5 - mean) / deviation;
+        }
+    }
+    picture
+}
+
 /// Pictures `[n, 3, h, w]` in `-1..=1` as RGB bytes, one buffer each.
 pub(crate) fn to_bytes(pictures: Tensor<4>) -> Vec<Vec<u8>> {
     let [count, _, h, w] = pictures.dims();

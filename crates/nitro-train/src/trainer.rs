@@ -15,6 +15,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{CommonConfig, RunConfig};
 use crate::files::write_json;
 use crate::optimizer::{learning_rate, named_gradients, step};
+use crate::start::initial_from;
 use crate::store::ParameterStore;
 
 /// Steps with a gradient that is not finite, in a row, that end a run.
@@ -169,7 +170,10 @@ fn start<T: Task>(task: &T, config: &RunConfig, dir: &Path) -> Result<Checkpoint
         });
     }
     write_json(&dir.join("config.json"), config)?;
-    let store = ParameterStore::initialise(config.run.seed, |p| task.build(p))?;
+    let store = match &config.run.init_from {
+        Some(path) => initial_from(path, config.run.seed, |p| task.build(p))?,
+        None => ParameterStore::initialise(config.run.seed, |p| task.build(p))?,
+    };
     Ok(Checkpoint {
         step: 0,
         updates: 0,
@@ -198,7 +202,7 @@ fn check_resumable(
         task.as_object_mut()
             .map(|task| task.remove("full_size_steps"));
         json!({
-            "task": task, "seed": run.seed, "batch_size": run.batch_size,
+            "task": task, "seed": run.seed, "init_from": run.init_from, "batch_size": run.batch_size,
             "optimizer": run.optimizer, "warmup_steps": run.warmup_steps,
             "gradient_clip": run.gradient_clip, "ema_rate": run.ema_rate,
             "precision": run.precision,

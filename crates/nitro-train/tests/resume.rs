@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use nitro_models::WeightFiles;
 use nitro_train::TrainError;
 use nitro_train::checkpoint::Checkpoint;
 use nitro_train::config::{RunConfig, TaskConfig};
@@ -102,13 +103,55 @@ fn the_whole_recipe_runs() {
     let precision = nitro_ops::Precision::Bf16;
     miniature::cache_latents(&out, &latents, plan, precision, &quiet()).unwrap();
 
-    let mut emmdit = with("miniature-emmdit.yaml", &["run.sample_every=2"]);
-    if let TaskConfig::Emmdit(task) = &mut emmdit.task {
-        task.latents = latents;
-        task.frozen = out.clone();
+    let tiny = ["task.model.img_size=32", "task.model.patch_size=2"];
+    let small = [
+        "task.model.embed_dim=32",
+        "task.model.num_heads=2",
+        "run.sample_every=2",
+    ];
+    let teacher = with("miniature-teacher.yaml", &[&tiny[..], &small].concat());
+    miniature::run(&teacher, &runs.join("teacher"), &runs, &quiet()).unwrap();
+    assert!(runs.join("teacher/samples/step-00000002.png").exists());
+    let encoder = WeightFiles::open(runs.join("visual_encoder/model.safetensors")).unwrap();
+    assert!(encoder.names().all(|name| !name.starts_with("heads")));
+
+    let place = |config: &mut RunConfig| {
+        if let TaskConfig::Emmdit(task) = &mut config.task {
+            task.latents = latents.clone();
+            task.frozen = out.clone();
+            if let Some(repa) = &mut task.repa {
+                repa.encoder = runs.join("visual_encoder");
+            }
+        }
+    };
+    let mut stage1 = with("miniature-stage1.yaml", &["run.sample_every=2"]);
+    place(&mut stage1);
+    let wide = miniature::run(&stage1, &runs.join("wide"), &out, &quiet()).unwrap_err();
+    assert!(wide.to_string().contains("z_dims: [32]"), "{wide}");
+    if let TaskConfig::Emmdit(task) = &mut stage1.task {
+        task.model.repa.as_mut().unwrap().z_dims = vec![32];
     }
-    miniature::run(&emmdit, &runs.join("emmdit"), &out, &quiet()).unwrap();
-    assert!(runs.join("emmdit/samples/step-00000002.png").exists());
+    miniature::run(&stage1, &runs.join("stage1"), &runs.join("first"), &quiet()).unwrap();
+    assert!(runs.join("stage1/samples/step-00000002.png").exists());
+    let log = std::fs::read_to_string(runs.join("stage1/metrics.jsonl")).unwrap();
+    assert!(log.contains("\"proj_loss\":"), "{log}");
+
+    // The second stage starts from the first one's average, its projectors left behind.
+    let mut stage2 = with("miniature-stage2.yaml", &["run.optimizer.lr=0.0"]);
+    place(&mut stage2);
+    stage2.run.init_from = Some(runs.join("stage1"));
+    miniature::run(&stage2, &runs.join("stage2"), &out, &quiet()).unwrap();
+    let (_, first) = Checkpoint::latest(&runs.join("stage1")).unwrap().unwrap();
+    let (_, second) = Checkpoint::latest(&runs.join("stage2")).unwrap().unwrap();
+    assert!(first.store.get("projectors.0.0.weight").is_some());
+    assert!(second.store.get("projectors.0.0.weight").is_none());
+    for (name, entry) in second.store.iter() {
+        let before = first.store.get(name).unwrap().averaged();
+        assert_eq!(
+            entry.value, before,
+            "{name}: a learning rate of zero changes nothing"
+        );
+    }
     for file in [
         "transformer.safetensors",
         "dc-ae/config.json",
@@ -124,7 +167,7 @@ fn the_whole_recipe_runs() {
 #[test]
 fn unknown_keys_are_told() {
     let overrides = ["run.learning_rate=1".to_owned()];
-    let path = configs().join("miniature-emmdit.yaml");
+    let path = configs().join("miniature-stage1.yaml");
     let error = RunConfig::load(&path, &overrides).unwrap_err();
     assert!(error.to_string().contains("run.learning_rate"), "{error}");
 }

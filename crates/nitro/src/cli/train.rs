@@ -16,7 +16,7 @@ pub(super) enum TrainCommand {
     Run(RunArgs),
     /// Cache the training pairs of an E-MMDiT run: latents of rendered pictures, with captions
     Latents(LatentsArgs),
-    /// The whole miniature from nothing: autoencoder, text encoder, cached latents, E-MMDiT
+    /// The whole miniature from nothing: autoencoder, text encoder, latents, teacher, E-MMDiT
     Miniature(MiniatureArgs),
 }
 
@@ -57,7 +57,7 @@ pub(super) struct LatentsArgs {
 /// Arguments of `nitro train miniature`.
 #[derive(Args)]
 pub(super) struct MiniatureArgs {
-    /// Folder with the three miniature-*.yaml files
+    /// Folder with the miniature-*.yaml files
     #[arg(long, default_value = "configs", value_name = "DIR")]
     configs: PathBuf,
     /// Folder for the runs' checkpoints, samples and metrics

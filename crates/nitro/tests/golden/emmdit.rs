@@ -5,6 +5,7 @@ use burn::tensor::{Device, Tensor};
 use nitro_models::emmdit::{Emmdit, EmmditConfig, EmmditOutput};
 use nitro_models::{Params, TensorMap, WeightFiles};
 use nitro_ops::Precision;
+use nitro_train::losses::{alignment, flow_matching, velocity_tokens};
 use serde::Deserialize;
 
 use crate::compare::Report;
@@ -190,29 +191,16 @@ pub(crate) fn target_name(tensors: &Tensors, name: &str, index: usize) -> String
     }
 }
 
-/// The official losses: the velocity's mean squared error, and minus the mean cosine between
-/// projections and targets. (Of several projectors the official sum keeps only the last one's term
-/// and divides it by their number.)
+/// The product's losses, against which the official ones are compared.
 pub(crate) fn losses(
     output: EmmditOutput,
     velocity: Tensor<4>,
     targets: &[Tensor<3>],
     patch: usize,
 ) -> (Tensor<1>, Option<Tensor<1>>) {
-    let [b, c, h, w] = velocity.dims();
-    let target = velocity
-        .reshape([b, c, h / patch, patch, w / patch, patch])
-        .permute([0, 2, 4, 3, 5, 1])
-        .reshape([b, h * w / (patch * patch), patch * patch * c]);
-    let difference = (output.tokens - target).powi_scalar(2).mean();
-    let unit = |x: Tensor<3>| {
-        let norm = x.clone().powi_scalar(2).sum_dim(2).sqrt();
-        x / norm.clamp_min(1e-12)
-    };
-    let last = output.projections.into_iter().zip(targets).last();
-    let alignment = last.map(|(projection, target)| {
-        let cosine = (unit(projection) * unit(target.clone())).sum_dim(2);
-        -cosine.mean() / targets.len() as f64
-    });
-    (difference, alignment)
+    let target = velocity_tokens(velocity, patch);
+    (
+        flow_matching(output.tokens, target),
+        alignment(output.projections, targets),
+    )
 }

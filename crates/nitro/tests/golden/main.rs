@@ -10,6 +10,7 @@
 mod compare;
 mod dcae;
 mod diffusion;
+mod dinov2;
 mod emmdit;
 mod files;
 mod full_size;
@@ -32,6 +33,7 @@ type Suite = (&'static str, fn(&Case, &mut Report) -> Result<()>);
 
 const SUITES: &[Suite] = &[
     ("dcae", dcae::run),
+    ("dinov2", dinov2::run),
     ("emmdit_forward", emmdit::forward),
     ("emmdit_train", emmdit::train),
     ("flow_match_euler", diffusion::flow_match_euler),
@@ -59,6 +61,10 @@ fn every_case_of_every_known_suite_matches() {
             uncovered.insert(case.suite.as_str());
             continue;
         };
+        if case.suite == "dinov2" && !dinov2::is_model(case) {
+            uncovered.insert("dinov2/nitro_image_transforms");
+            continue;
+        }
         if case.suite == "full_size" && !full && !full_size::is_quick(case) {
             println!("\n{}: not run, NITRO_GOLDEN_FULL is not set", case.title());
             continue;
