@@ -176,6 +176,16 @@ macro_rules! multiversion {
 }
 pub(crate) use multiversion;
 
+impl Precision {
+    /// The name by which users know it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

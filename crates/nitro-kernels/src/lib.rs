@@ -10,6 +10,7 @@ pub mod isa;
 pub mod mapped_file;
 pub mod norm;
 pub mod optim;
+pub mod peak;
 pub mod pool;
 pub mod resample;
 

@@ -11,6 +11,7 @@
 
 mod blocks;
 mod config;
+mod cost;
 
 use burn::tensor::Tensor;
 

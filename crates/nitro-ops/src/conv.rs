@@ -170,4 +170,9 @@ impl FusedOp<3> for ConvOp {
         });
         [dx, dw, db]
     }
+    fn operations(&self, [x, weight, _]: &[Array; 3]) -> f64 {
+        let conv = self.sizes(x, weight);
+        let per_output = conv.in_channels / conv.groups.max(1) * conv.kernel[0] * conv.kernel[1];
+        2.0 * conv.output_len() as f64 * per_output as f64
+    }
 }

@@ -15,6 +15,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Flex, TensorMetadata};
 use burn::tensor::{DType, Tensor, TensorData};
 
+use crate::profile;
+
 /// A contiguous `f32` array on the host: what a kernel reads and writes. Cloning shares the data.
 #[derive(Clone, Debug)]
 pub(crate) struct Array(FloatTensor<Flex>);
@@ -75,6 +77,29 @@ pub(crate) trait FusedOp<const N: usize>: Clone + core::fmt::Debug + Send + 'sta
         grad: &Array,
         needed: [bool; N],
     ) -> [Option<Array>; N];
+
+    /// Floating-point operations (two per multiply-add) of the forward pass, for profiles; 0 where
+    /// they are not worth counting.
+    fn operations(&self, _inputs: &[Array; N]) -> f64 {
+        0.0
+    }
+}
+
+/// Names `op` in profiles: its type and the shapes of its first two inputs. Its products are counted
+/// `passes` times.
+fn describe<O: FusedOp<N>, const N: usize>(
+    op: &O,
+    inputs: &[Array; N],
+    suffix: &str,
+    passes: f64,
+) -> (String, f64) {
+    let path = core::any::type_name::<O>();
+    let name = path.rsplit("::").next().unwrap_or(path);
+    let mut name = name.strip_suffix("Op").unwrap_or(name).to_owned();
+    for input in inputs.iter().take(2) {
+        name += &format!(" {:?}", input.dims());
+    }
+    (name + suffix, passes * op.operations(inputs))
 }
 
 /// An input or output of [`apply`], its rank erased.
@@ -135,6 +160,7 @@ pub(crate) fn apply<O: FusedOp<N>, const N: usize>(op: O, inputs: [Handle; N]) -
             Handle::Plain(primitive) => Array::from_primitive(primitive),
             Handle::Tracked(_) => unreachable!("all inputs were just checked to be plain"),
         });
+        let _scope = profile::scope(|| describe(&op, &arrays, "", 1.0));
         return Handle::Plain(op.forward(&arrays, false).0.0);
     }
     // Constants mixed into a recorded computation become untracked nodes of it.
@@ -145,7 +171,10 @@ pub(crate) fn apply<O: FusedOp<N>, const N: usize>(op: O, inputs: [Handle; N]) -
     let guards = tracked.each_ref().map(|tensor| tensor.node());
     let keep = tracked.iter().any(|tensor| tensor.is_tracked());
     let arrays = tracked.map(|tensor| Array::from_primitive(tensor.into_primitive()));
-    let (output, saved) = op.forward(&arrays, keep);
+    let (output, saved) = {
+        let _scope = profile::scope(|| describe(&op, &arrays, "", 1.0));
+        op.forward(&arrays, keep)
+    };
     let step = Step(core::marker::PhantomData::<O>);
     let primitive = match step
         .prepare::<NoCheckpointing>(guards)
@@ -180,7 +209,12 @@ impl<O: FusedOp<N>, const N: usize> Backward<Flex, N> for Step<O> {
         let grad = Array::from_primitive(grads.consume::<Flex>(&ops.node));
         let State { op, arrays, saved } = ops.state;
         let needed = ops.parents.each_ref().map(Option::is_some);
-        let results = op.backward(&arrays, &saved, &grad, needed);
+        let results = {
+            // One product for each of the two inputs of a product that a gradient is wanted for.
+            let passes = needed.iter().take(2).filter(|needed| **needed).count() as f64;
+            let _scope = profile::scope(|| describe(&op, &arrays, " backward", passes));
+            op.backward(&arrays, &saved, &grad, needed)
+        };
         for (parent, result) in ops.parents.into_iter().zip(results) {
             if let (Some(parent), Some(result)) = (parent, result) {
                 grads.register::<Flex>(parent.id, result.0);

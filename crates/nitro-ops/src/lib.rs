@@ -14,6 +14,7 @@ mod elementwise;
 mod fused;
 mod linear;
 mod norm;
+pub mod profile;
 mod resample;
 
 pub use attention::{AttentionShape, Qkv, attention, joint_attention, relu_linear_attention};

@@ -1,7 +1,7 @@
 //! What a model is made of and what it costs, read from its files without building it.
 
 use nitro_models::WeightFiles;
-use nitro_models::dcae::{DcaeConfig, Downsample, Upsample};
+use nitro_models::dcae::DcaeConfig;
 use nitro_models::emmdit::EmmditConfig;
 use nitro_models::llama::LlamaConfig;
 use serde::Serialize;
@@ -85,8 +85,8 @@ impl ModelInfo {
             text_tokens: card.text_tokens,
             variants,
             text_encoder,
-            image_encoder: autoencoder_info(&weights, &autoencoder, "encoder", side),
-            image_decoder: autoencoder_info(&weights, &autoencoder, "decoder", side),
+            image_encoder: autoencoder_info(&weights, "encoder", autoencoder.encoder_gflop(side)?),
+            image_decoder: autoencoder_info(&weights, "decoder", autoencoder.decoder_gflop(side)?),
         })
     }
 }
@@ -125,63 +125,18 @@ fn text_info(
     tokens: usize,
 ) -> Result<PartInfo, PipelineError> {
     let weights = load::open_weights(file)?;
-    // Every layer's matrices meet every token; the embedding is a look-up.
-    let matrices: usize = shapes(&weights, "")
-        .filter(|(name, shape)| name.contains("layers.") && shape.len() == 2)
-        .map(|(_, shape)| shape.iter().product::<usize>())
-        .sum();
-    let width = config.num_attention_heads * config.head_dim();
-    let attention = config.num_hidden_layers * 2 * tokens * tokens * width;
     Ok(PartInfo {
         file: weights.origin().to_owned(),
         parameters: count(&weights, ""),
-        gflop: 2.0 * (matrices * tokens + attention) as f64 / 1e9,
+        gflop: config.gflop(tokens),
     })
 }
 
-fn autoencoder_info(
-    weights: &WeightFiles,
-    config: &DcaeConfig,
-    half: &str,
-    side: usize,
-) -> PartInfo {
-    let prefix = format!("{half}.");
-    let latent = side / config.spatial_factor();
-    let mut products = 0;
-    for (name, shape) in shapes(weights, &prefix).filter(|(_, shape)| shape.len() >= 2) {
-        let path: Vec<&str> = name[prefix.len()..].split('.').collect();
-        let stage = |text: &str| text.parse::<usize>().unwrap_or(0);
-        let width = match path.as_slice() {
-            // The resampling convolution between two stages works at the fine or the coarse one.
-            ["up_blocks", i, _, "conv", ..] => match config.upsample_block_type {
-                Upsample::Interpolate => side >> stage(i),
-                Upsample::PixelShuffle => side >> (stage(i) + 1),
-            },
-            ["down_blocks", i, _, "conv", ..] => match config.downsample_block_type {
-                Downsample::Conv => side >> (stage(i) + 1),
-                Downsample::PixelUnshuffle => side >> stage(i),
-            },
-            ["up_blocks" | "down_blocks", i, ..] => side >> stage(i),
-            ["conv_in", ..] if half == "encoder" => side,
-            ["conv_out", ..] if half == "decoder" => side,
-            _ => latent,
-        };
-        products += shape.iter().product::<usize>() * width * width;
-        if let [_, _, _, "attn", "to_q", ..] = path.as_slice() {
-            // Linear attention sums keys times values, then multiplies by queries, in each scale.
-            let parent = name.trim_end_matches("to_q.weight");
-            let scales = shapes(weights, parent)
-                .filter(|(n, _)| n.ends_with("proj_in.weight") || n.ends_with("proj_out.weight"))
-                .count()
-                / 2;
-            let channels = shape[0] * (1 + scales);
-            products += 2 * channels * (config.attention_head_dim + 1) * width * width;
-        }
-    }
+fn autoencoder_info(weights: &WeightFiles, half: &str, gflop: f64) -> PartInfo {
     PartInfo {
         file: weights.origin().to_owned(),
-        parameters: count(weights, &prefix),
-        gflop: 2.0 * products as f64 / 1e9,
+        parameters: count(weights, &format!("{half}.")),
+        gflop,
     }
 }
 

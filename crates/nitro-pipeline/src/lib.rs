@@ -28,6 +28,7 @@ pub use hub::{DownloadProgress, Hub, HubError, HubOptions};
 pub use info::{ModelInfo, PartInfo, VariantInfo};
 pub use load::{CONFIG_KEY, PipelineBuilder};
 pub use pipeline::{Pipeline, TextFeatures};
+pub use pixels::to_pictures;
 pub use request::{
     CudaDevice, Generated, InitImage, NoiseKind, Output, Request, Seeds, Stage, Timings, Truncation,
 };

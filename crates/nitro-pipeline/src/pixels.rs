@@ -30,7 +30,7 @@ impl Canvas {
 
 /// Decoded pictures `[n, 3, h, w]`, values about -1 to 1, to 8 bits. Halves are rounded to even, as
 /// NumPy does for the official pipeline.
-pub(crate) fn to_pictures(decoded: &TensorData) -> Vec<RgbImage> {
+pub fn to_pictures(decoded: &TensorData) -> Vec<RgbImage> {
     let (height, width) = (decoded.shape()[2], decoded.shape()[3]);
     let plane = height * width;
     let byte = |x: f32| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;

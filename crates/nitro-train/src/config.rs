@@ -217,6 +217,14 @@ impl RunConfig {
         })
     }
 
+    /// Reads the YAML `text`, which messages call `origin`.
+    pub fn from_yaml(origin: &str, text: &str) -> Result<Self, TrainError> {
+        Self::parse(text, &[]).map_err(|reason| TrainError::Config {
+            origin: origin.to_owned(),
+            reason,
+        })
+    }
+
     fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
         let mut value: Value = serde_saphyr::from_str(text).map_err(|e| e.to_string())?;
         for item in overrides {

@@ -19,6 +19,7 @@
 //! model folder take its place. [`Pipeline::builder`] chooses variant, resolution, precision, device
 //! and LoRA adapters; [`Pipeline::generate_observed`] shows every step and can stop between them.
 
+pub mod bench;
 mod embedded;
 
 pub use embedded::MINIATURE;

@@ -15,7 +15,7 @@ pub(super) const NORM_EPS: f64 = 1e-5;
 /// Keeps the linear attention's denominator from zero where ReLU leaves nothing.
 const ATTENTION_EPS: f64 = 1e-15;
 /// Hidden channels of the gated convolution, per input channel.
-const GLU_RATIO: usize = 4;
+pub(super) const GLU_RATIO: usize = 4;
 
 /// One entry of a stage's `Sequential`.
 #[derive(Clone, Debug)]

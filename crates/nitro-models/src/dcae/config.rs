@@ -106,6 +106,21 @@ impl DcaeConfig {
         }
     }
 
+    /// Nitro-E's autoencoder, the f32c32 one of Sana 1.0 (312M parameters), as its published
+    /// `config.json` has it.
+    pub fn sana_f32c32() -> Self {
+        use BlockType::{EfficientViTBlock as Vit, ResBlock as Res};
+        let blocks = PerStage::Each(vec![Res, Res, Res, Vit, Vit, Vit]);
+        Self {
+            encoder_block_types: blocks.clone(),
+            decoder_block_types: blocks,
+            upsample_block_type: Upsample::Interpolate,
+            downsample_block_type: Downsample::Conv,
+            scaling_factor: 0.41407,
+            ..Self::default()
+        }
+    }
+
     /// Image pixels per latent pixel, in each direction.
     pub fn spatial_factor(&self) -> usize {
         1 << (self.encoder_block_out_channels.len().max(1) - 1)

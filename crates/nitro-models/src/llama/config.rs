@@ -91,6 +91,42 @@ impl LlamaConfig {
         }
     }
 
+    /// Nitro-E's text encoder, as its published `config.json` has it: 1.24B parameters.
+    pub fn llama_3_2_1b() -> Self {
+        Self {
+            vocab_size: 128_256,
+            hidden_size: 2048,
+            intermediate_size: 8192,
+            num_hidden_layers: 16,
+            num_attention_heads: 32,
+            num_key_value_heads: Some(8),
+            head_dim: Some(64),
+            hidden_act: silu(),
+            rms_norm_eps: 1e-5,
+            rope_theta: 500_000.0,
+            rope_scaling: Some(RopeScaling::Llama3 {
+                factor: 32.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: 8192.0,
+            }),
+            attention_bias: false,
+            mlp_bias: false,
+            tie_word_embeddings: true,
+        }
+    }
+
+    /// Floating-point operations (two per multiply-add) of encoding `tokens` tokens, without the
+    /// language-model head: all matrix products, in units of 10^9. Attention is counted over all
+    /// pairs of tokens, although half of them are masked.
+    pub fn gflop(&self, tokens: usize) -> f64 {
+        let width = self.num_attention_heads * self.head_dim();
+        let kv_width = self.kv_heads() * self.head_dim();
+        let matrices = self.hidden_size * (2 * width + 2 * kv_width + 3 * self.intermediate_size);
+        let layer = tokens * matrices + 2 * tokens * tokens * width;
+        2.0 * (self.num_hidden_layers * layer) as f64 / 1e9
+    }
+
     /// Key and value heads.
     pub fn kv_heads(&self) -> usize {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)

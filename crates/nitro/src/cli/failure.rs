@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use nitro::PipelineError;
+use nitro::bench::BenchError;
 use nitro_train::TrainError;
 
 /// The model, the disk or the network failed.
@@ -33,6 +34,9 @@ pub(super) fn report(error: &anyhow::Error) -> ExitCode {
             Some(TrainError::Interrupted { .. }) => return Some(INTERRUPTED),
             Some(TrainError::Config { .. } | TrainError::Resume { .. }) => return Some(BAD_INPUT),
             _ => {}
+        }
+        if let Some(BenchError::Cancelled) = cause.downcast_ref() {
+            return Some(INTERRUPTED);
         }
         match cause.downcast_ref::<PipelineError>()? {
             PipelineError::Cancelled { .. } => Some(INTERRUPTED),

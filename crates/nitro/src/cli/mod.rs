@@ -1,5 +1,6 @@
 //! The command line: one module per command.
 
+mod bench;
 mod eval;
 mod failure;
 mod generate;
@@ -42,6 +43,8 @@ enum Command {
     Train(train::TrainCommand),
     /// Look into models
     Model(ModelCommand),
+    /// Measure this machine, and the full-size models on it
+    Bench(bench::BenchArgs),
 }
 
 #[derive(Args)]
@@ -79,6 +82,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Model(ModelCommand {
             command: Model::Info(args),
         }) => info::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

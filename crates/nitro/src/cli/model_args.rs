@@ -56,10 +56,31 @@ enum DeviceName {
     Cpu,
 }
 
+/// A precision, as the command line names it.
 #[derive(Clone, Copy, ValueEnum)]
-enum PrecisionName {
+pub(super) enum PrecisionName {
     F32,
     Bf16,
+}
+
+impl PrecisionName {
+    pub(super) fn precision(self) -> Precision {
+        match self {
+            Self::F32 => Precision::F32,
+            Self::Bf16 => Precision::Bf16,
+        }
+    }
+}
+
+/// Sets how many threads the kernels use, where the user says so.
+pub(super) fn use_threads(threads: Option<u16>) -> anyhow::Result<()> {
+    match threads {
+        None => Ok(()),
+        Some(threads) => rayon::ThreadPoolBuilder::new()
+            .num_threads(usize::from(threads))
+            .build_global()
+            .context("cannot set the number of threads"),
+    }
 }
 
 /// `FOLDER` or `FOLDER:SCALE`.
@@ -100,17 +121,12 @@ impl ModelArgs {
         side: Option<usize>,
         progress: &Progress,
     ) -> anyhow::Result<Pipeline> {
-        if let Some(threads) = self.threads {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(usize::from(threads))
-                .build_global()
-                .context("cannot set the number of threads")?;
-        }
+        use_threads(self.threads)?;
         let part = progress.clone();
         let mut builder = Pipeline::builder(self.location.location())
             .hub(self.location.hub())
             .device(self.device())
-            .precision(self.precision())
+            .precision(self.precision.precision())
             .on_part(move |name| part.stage(&format!("loading {name}")));
         if let Some(variant) = &self.variant {
             builder = builder.variant(variant);
@@ -138,13 +154,6 @@ impl ModelArgs {
     fn device(&self) -> Device {
         match self.device {
             DeviceName::Cpu => Device::flex(),
-        }
-    }
-
-    fn precision(&self) -> Precision {
-        match self.precision {
-            PrecisionName::F32 => Precision::F32,
-            PrecisionName::Bf16 => Precision::Bf16,
         }
     }
 }

@@ -62,6 +62,11 @@ impl Progress {
         interrupt::check()
     }
 
+    /// Takes the line away while `print` writes.
+    pub(super) fn suspend(&self, print: impl FnOnce()) {
+        self.bar.suspend(print);
+    }
+
     /// Removes the line.
     pub(super) fn clear(&self) {
         self.bar.finish_and_clear();
