@@ -47,6 +47,14 @@ pub enum Error {
         /// Steps that would be run.
         kept: usize,
     },
+    /// A noise level of stochastic sampling out of range.
+    #[error(
+        "stochastic sampling: noise level {level}; expected 0 (the ODE) or more, and at most 1 for cps"
+    )]
+    NoiseLevel {
+        /// The level asked for.
+        level: f32,
+    },
     /// Two slices that must have equal length do not.
     #[error("{what} holds {got} values, expected {expected}")]
     Length {

@@ -29,6 +29,7 @@ pub mod guidance;
 pub mod noise;
 pub mod sampler;
 pub mod schedule;
+pub mod sde;
 
 mod error;
 pub use error::{Error, Result};
