@@ -1,15 +1,16 @@
 //! Layers shared by the models, under PyTorch's names and shapes.
 
 use burn::tensor::{Device, Tensor};
-use nitro_ops::{Activation, ConvGeometry, Precision, conv2d, linear, rms_norm};
+use nitro_ops::{Activation, ConvGeometry, Precision, activate, conv2d, linear, rms_norm};
 
-use crate::{Init, Params, WeightError};
+use crate::{Init, LowRank, Params, WeightError};
 
-/// `torch.nn.Linear`: `weight [out, in]`, `bias [out]`.
+/// `torch.nn.Linear`: `weight [out, in]`, `bias [out]`, and the low-rank updates beside the weight.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
+    adapters: Vec<LowRank>,
     precision: Precision,
 }
 
@@ -33,6 +34,7 @@ impl Linear {
         Ok(Self {
             weight,
             bias: None,
+            adapters: p.low_rank("weight"),
             precision: p.precision(),
         })
     }
@@ -52,6 +54,7 @@ impl Linear {
         Ok(Self {
             weight: weight.reshape([outputs, inputs]),
             bias,
+            adapters: Vec::new(),
             precision: p.precision(),
         })
     }
@@ -71,6 +74,7 @@ impl Linear {
         Ok(Self {
             weight: weight.reshape([outputs, fan_in]),
             bias,
+            adapters: Vec::new(),
             precision: p.precision(),
         })
     }
@@ -91,6 +95,7 @@ impl Linear {
         Ok(Self {
             weight,
             bias: None,
+            adapters: Vec::new(),
             precision: p.precision(),
         })
     }
@@ -98,8 +103,13 @@ impl Linear {
     /// The layer of some of the outputs.
     pub fn rows(&self, outputs: std::ops::Range<usize>) -> Self {
         let bias = self.bias.clone();
+        let adapters = self.adapters.iter().map(|adapter| LowRank {
+            up: adapter.up.clone().slice_dim(0, outputs.clone()),
+            ..adapter.clone()
+        });
         Self {
             weight: self.weight.clone().slice_dim(0, outputs.clone()),
+            adapters: adapters.collect(),
             bias: bias.map(|bias| bias.slice_dim(0, outputs)),
             precision: self.precision,
         }
@@ -117,13 +127,17 @@ impl Linear {
 
     /// `activation(linear(x))` in one pass.
     pub fn forward_with<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
-        linear(
-            x,
-            &self.weight,
-            self.bias.as_ref(),
-            activation,
-            self.precision,
-        )
+        let bias = self.bias.as_ref();
+        if self.adapters.is_empty() {
+            return linear(x, &self.weight, bias, activation, self.precision);
+        }
+        let product = |x, weight, bias| linear(x, weight, bias, Activation::None, self.precision);
+        let y = product(x.clone(), &self.weight, bias);
+        let y = self.adapters.iter().fold(y, |y, adapter| {
+            let low = product(x.clone(), &adapter.down, None); // [.., rank]
+            y + product(low, &adapter.up, None) * adapter.scale
+        });
+        activate(activation, y)
     }
 }
 

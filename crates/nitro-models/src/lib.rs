@@ -15,8 +15,10 @@ mod weights;
 
 pub use error::{InputError, WeightError};
 pub use formula::FormulaWeights;
-pub use lora::{LoraAdapter, Merged};
-pub use params::{Init, ParameterSource, ParameterSpec, Params};
+pub use lora::{
+    Adapted, LiveAdapter, LoraAdapter, LoraLayer, LoraSpec, Merged, save_comfy, save_peft,
+};
+pub use params::{Init, LowRank, ParameterSource, ParameterSpec, Params};
 pub use random::RandomInit;
 pub use tensor_map::TensorMap;
 pub use weights::{DType, WeightFiles, save_safetensors};

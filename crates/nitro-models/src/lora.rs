@@ -1,4 +1,8 @@
-//! PEFT LoRA folders, merged into the weights as they are read.
+//! LoRA adapters: PEFT folders read and written, merged into the weights as they are read
+//! ([`Merged`]) or applied beside them ([`Adapted`]).
+
+mod live;
+mod save;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,6 +11,9 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::Deserialize;
 use serde_json::{Map, Value};
+
+pub use self::live::{Adapted, LiveAdapter};
+pub use self::save::{LoraLayer, LoraSpec, save_comfy, save_peft};
 
 use crate::{ParameterSource, ParameterSpec, WeightError, WeightFiles};
 
@@ -49,6 +56,14 @@ struct Update {
     rank: usize,
     scale: f64,
     transposed: bool,
+}
+
+impl Update {
+    /// Rows and columns of `up down`.
+    fn shape(&self) -> [usize; 2] {
+        let rank = self.rank.max(1);
+        [self.up.len() / rank, self.down.len() / rank]
+    }
 }
 
 /// A LoRA adapter in PEFT's layout: a folder of `adapter_config.json` and
@@ -230,7 +245,7 @@ impl ParameterSource for Merged<'_> {
                 scale,
                 transposed,
             } = update;
-            let found = [up.len() / rank, down.len() / rank];
+            let found = update.shape();
             let expected = if *transposed {
                 [found[1], found[0]]
             } else {

@@ -54,6 +54,24 @@ pub trait ParameterSource {
     ///
     /// Sources that make parameters up hold none that are optional.
     fn contains(&self, name: &str) -> bool;
+
+    /// Low-rank updates that a linear layer applies beside its weight `name` (see
+    /// [`Adapted`](crate::Adapted)); most sources have none.
+    fn low_rank(&self, _name: &str) -> Vec<LowRank> {
+        Vec::new()
+    }
+}
+
+/// A low-rank update of a linear layer that is not merged into its weight: the layer gives
+/// `W x + scale up (down x)`.
+#[derive(Clone, Debug)]
+pub struct LowRank {
+    /// LoRA's A, `[rank, in]`.
+    pub down: Tensor<2>,
+    /// LoRA's B, `[out, rank]`.
+    pub up: Tensor<2>,
+    /// Strength: `alpha / rank`, times what the user asks for.
+    pub scale: f64,
 }
 
 /// A position in the tree of names over a [`ParameterSource`].
@@ -121,6 +139,11 @@ impl<'a> Params<'a> {
     /// Whether the source holds `leaf`.
     pub fn contains(&self, leaf: impl fmt::Display) -> bool {
         self.source.contains(&self.name(leaf))
+    }
+
+    /// The low-rank updates beside the weight `leaf`.
+    pub fn low_rank(&self, leaf: impl fmt::Display) -> Vec<LowRank> {
+        self.source.low_rank(&self.name(leaf))
     }
 
     /// The trainable parameter `leaf`.

@@ -20,7 +20,7 @@ mod resample;
 pub use attention::{AttentionShape, Qkv, attention, joint_attention, relu_linear_attention};
 pub use conv::{ConvGeometry, conv2d};
 pub use elementwise::{gate_residual, gelu, gelu_tanh, silu, silu_gated};
-pub use linear::{Activation, linear};
+pub use linear::{Activation, activate, linear};
 pub use norm::{layer_norm_modulate, rms_norm};
 pub use resample::{pixel_shuffle, pixel_unshuffle, upsample_nearest_2x};
 

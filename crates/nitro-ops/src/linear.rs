@@ -9,8 +9,8 @@ use crate::fused::{Array, FusedOp, Handle, apply};
 
 pub use nitro_kernels::gemm::Activation;
 
-/// The composed form of an activation.
-pub(crate) fn activate<const D: usize>(activation: Activation, x: Tensor<D>) -> Tensor<D> {
+/// An activation by itself, composed of Burn operations.
+pub fn activate<const D: usize>(activation: Activation, x: Tensor<D>) -> Tensor<D> {
     match activation {
         Activation::None => x,
         Activation::GeluTanh => crate::gelu_tanh(x),
