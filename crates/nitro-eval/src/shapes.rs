@@ -1,10 +1,13 @@
 //! The shapes bench: 240 prompts in GenEval's schema, judged by the exact judge of the shapes world
 //! under GenEval's rules.
 
+mod grammar;
+
 use std::path::Path;
 
 use nitro_data::shapes::{BENCH_JSONL, judge};
 
+pub use self::grammar::{held_out_bench, is_held_out, metadata_of, training_prompt};
 use crate::EvalError;
 use crate::geneval::{
     self, Detections, ImageResult, Kept, Metadata, Options, Results, evaluate, keep,

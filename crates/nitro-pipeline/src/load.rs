@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use nitro_models::dcae::{DcaeConfig, Decoder, Encoder};
 use nitro_models::emmdit::{Emmdit, EmmditConfig};
 use nitro_models::llama::{Llama, LlamaConfig};
-use nitro_models::{LoraAdapter, Merged, Params, WeightFiles};
+use nitro_models::{LoraAdapter, Merged, Params, TensorMap, WeightFiles};
 use nitro_ops::Precision;
 use serde::de::DeserializeOwned;
 
@@ -98,6 +98,28 @@ impl PipelineBuilder {
     pub fn on_part(mut self, hear: impl Fn(&str) + 'static) -> Self {
         self.on_part = Box::new(hear);
         self
+    }
+
+    /// The transformer's configuration and parameters, with the adapters merged in, on the builder's
+    /// device: what training on from a model, or adapting it, starts with.
+    pub fn read_transformer(&self) -> Result<(EmmditConfig, TensorMap), PipelineError> {
+        let files = ModelFiles::open(self.location.clone(), self.hub.clone())?;
+        let variant = files
+            .card()
+            .variant(self.variant.as_deref(), self.resolution)?
+            .clone();
+        let autoencoder = autoencoder_config(&files)?;
+        let weights = open_weights(&files.file(&variant.transformer)?)?;
+        let config = transformer_config(&weights, &variant, &autoencoder)?;
+        let adapters = adapters(&files, &variant, &self.loras)?;
+        let merged = Merged::new(
+            &weights,
+            adapters.iter().map(|(adapter, scale)| (adapter, *scale)),
+        )?;
+        let parameters =
+            TensorMap::collect(&merged, &self.device, |p| Emmdit::new(&config, p).map(drop))?;
+        weights.finish(&["projectors."])?;
+        Ok((config, parameters))
     }
 
     /// Finds, downloads if need be, checks and loads all parts.

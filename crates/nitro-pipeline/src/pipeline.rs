@@ -17,7 +17,7 @@ use crate::caption::preprocess;
 use crate::card::Variant;
 use crate::files::{ModelFile, ModelLocation};
 use crate::load::{PipelineBuilder, load_encoder};
-use crate::pixels::{self, Canvas};
+use crate::pixels::{self, Canvas, Original};
 use crate::tokenizer::{TextTokenizer, Tokens};
 
 /// Pixels decoded together at most; a decoder's activations are its largest memory.
@@ -113,6 +113,16 @@ impl Pipeline {
         &self.transformer
     }
 
+    /// Tokens every prompt is padded or cut to.
+    pub fn text_tokens(&self) -> usize {
+        self.tokenizer.text_tokens()
+    }
+
+    /// How products are computed.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// The autoencoder's configuration.
     pub fn autoencoder(&self) -> &DcaeConfig {
         &self.autoencoder
@@ -164,6 +174,18 @@ impl Pipeline {
         let shape = [count, channels, side, side];
         let latents = Tensor::from_data(TensorData::new(values, shape), &self.device);
         self.decoder.decode(latents).map_err(misfit)
+    }
+
+    /// A picture, cut and scaled to a square of `side` pixels, to latents as the denoiser sees them,
+    /// `[1, channels, side / f, side / f]`.
+    pub fn encode_picture(
+        &self,
+        picture: &RgbImage,
+        side: usize,
+    ) -> Result<Tensor<4>, PipelineError> {
+        let pixels = Original::of(picture, side).tensor(&self.device);
+        let latents = self.encoder()?.encode(pixels).map_err(misfit)?;
+        Ok(latents * self.autoencoder.scaling_factor)
     }
 
     pub(crate) fn decode_pictures(

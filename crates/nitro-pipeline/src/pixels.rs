@@ -60,6 +60,14 @@ impl Original {
         }
     }
 
+    /// A picture without a mask.
+    pub(crate) fn of(image: &RgbImage, side: usize) -> Self {
+        Self {
+            image: cover(image, side as u32),
+            mask: None,
+        }
+    }
+
     /// `[1, 3, side, side]`, values -1 to 1.
     pub(crate) fn tensor(&self, device: &Device) -> Tensor<4> {
         let (width, height) = (self.image.width() as usize, self.image.height() as usize);
