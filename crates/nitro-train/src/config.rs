@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::TrainError;
+use crate::distill::DistillTask;
+use crate::grpo::GrpoTask;
+use crate::lora::LoraTask;
 
 /// A training run, as resolved from its YAML file and overrides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -110,6 +113,12 @@ pub enum TaskConfig {
     VisualEncoder(VisualEncoderTask),
     /// The E-MMDiT on cached latents and captions.
     Emmdit(EmmditTask),
+    /// Low-rank adapters of a model on a folder of pictures with captions.
+    Lora(LoraTask),
+    /// Group-relative policy optimisation of a model's adapters.
+    Grpo(Box<GrpoTask>),
+    /// Distillation of a model into one of few steps.
+    Distill(Box<DistillTask>),
 }
 
 impl TaskConfig {
@@ -120,6 +129,9 @@ impl TaskConfig {
             Self::LanguageModel(_) => "language_model",
             Self::VisualEncoder(_) => "visual_encoder",
             Self::Emmdit(_) => "emmdit",
+            Self::Lora(_) => "lora",
+            Self::Grpo(_) => "grpo",
+            Self::Distill(_) => "distill",
         }
     }
 }
@@ -211,8 +223,13 @@ impl RunConfig {
             path: path.to_owned(),
             source,
         })?;
-        Self::parse(&text, overrides).map_err(|reason| TrainError::Config {
-            origin: path.display().to_string(),
+        Self::from_text(&text, &path.display().to_string(), overrides)
+    }
+
+    /// Reads a configuration's text and applies overrides; `origin` is what messages call it.
+    pub fn from_text(text: &str, origin: &str, overrides: &[String]) -> Result<Self, TrainError> {
+        Self::parse(text, overrides).map_err(|reason| TrainError::Config {
+            origin: origin.to_owned(),
             reason,
         })
     }

@@ -26,9 +26,37 @@ pub(crate) fn step_generator(seed: u64, step: u64) -> CpuGenerator {
     CpuGenerator::new(mix(mix(seed ^ 0x6E_6F69_7365).wrapping_add(step)) & 0xFFFF_FFFF)
 }
 
+/// Which of `count` examples has place `place` of a run: epochs, each in its own order.
+pub(crate) fn shuffled(seed: u64, place: u64, count: usize) -> usize {
+    let count = count.max(1) as u64;
+    let (epoch, at) = (place / count, place % count);
+    // A stride without common factor visits each example once an epoch.
+    let mut stride = (example_seed(seed, epoch, 0) % count) | 1;
+    while gcd(stride, count) != 1 {
+        stride = (stride + 2) % count;
+    }
+    let offset = example_seed(seed, epoch, 1) % count;
+    ((u128::from(at) * u128::from(stride) + u128::from(offset)) % u128::from(count)) as usize
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_epoch_has_every_example_once() {
+        for count in [1, 2, 7, 24, 1000] {
+            for epoch in 0..3 {
+                let places = epoch * count as u64..(epoch + 1) * count as u64;
+                let seen: HashSet<usize> = places.map(|p| shuffled(5, p, count)).collect();
+                assert_eq!(seen.len(), count);
+            }
+        }
+    }
     use std::collections::HashSet;
 
     #[test]

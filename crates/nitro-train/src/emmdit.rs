@@ -22,7 +22,7 @@ use tokenizers::Tokenizer;
 
 use crate::TrainError;
 use crate::config::{CommonConfig, EmmditTask};
-use crate::data::step_generator;
+use crate::data::{shuffled, step_generator};
 use crate::language_model::encode_all;
 use crate::latents::{Latents, read_config};
 use crate::losses::{alignment, flow_matching, velocity_tokens};
@@ -135,24 +135,6 @@ impl<'a> EmmditTraining<'a> {
         let (ids, mask) = encode_all(&self.tokenizer, captions, length, &Device::flex())?;
         Ok(self.text_encoder.forward(ids, mask)?)
     }
-
-    /// The index of example `i` of `step`: epochs of the cached pairs, each in its own order.
-    fn index(&self, step: u64, i: usize) -> usize {
-        let place = step * self.common.batch_size as u64 + i as u64;
-        let count = self.latents.len() as u64;
-        let (epoch, at) = (place / count, place % count);
-        // A stride without common factor visits each pair once an epoch.
-        let mut stride = (crate::data::example_seed(self.common.seed, epoch, 0) % count) | 1;
-        while gcd(stride, count) != 1 {
-            stride = (stride + 2) % count;
-        }
-        let offset = crate::data::example_seed(self.common.seed, epoch, 1) % count;
-        ((u128::from(at) * u128::from(stride) + u128::from(offset)) % u128::from(count)) as usize
-    }
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 impl Task for EmmditTraining<'_> {
@@ -178,7 +160,10 @@ impl Task for EmmditTraining<'_> {
             .collect();
         let dropped = rng.rand(count);
         let noise = rng.randn(count * c * h * w);
-        let pairs: Vec<usize> = (0..count).map(|i| self.index(step, i)).collect();
+        let place = step * count as u64;
+        let pairs: Vec<usize> = (0..count as u64)
+            .map(|i| shuffled(self.common.seed, place + i, self.latents.len()))
+            .collect();
         let mut captions = Vec::with_capacity(count);
         let (mut noisy, mut target) = (Vec::new(), Vec::new());
         for (i, level) in levels.iter().enumerate() {

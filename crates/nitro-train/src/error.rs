@@ -34,6 +34,36 @@ pub enum TrainError {
     /// A schedule or sampler was asked for something it cannot do.
     #[error(transparent)]
     Diffusion(#[from] nitro_diffusion::Error),
+    /// A model could not be loaded or used.
+    #[error(transparent)]
+    Pipeline(#[from] nitro_pipeline::PipelineError),
+    /// Prompts could not be read, or pictures not judged.
+    #[error(transparent)]
+    Eval(#[from] nitro_eval::EvalError),
+    /// A reward could not be had.
+    #[error("reward `{scorer}`: {reason}")]
+    Reward {
+        /// The scorer's name in the configuration.
+        scorer: String,
+        /// What happened and what to do.
+        reason: String,
+    },
+    /// The policy is being lost; the last checkpoint is the one before.
+    #[error("stopped at step {step}, the policy is collapsing: {reason}")]
+    Collapsed {
+        /// Rollouts done.
+        step: u64,
+        /// What was seen and what to change.
+        reason: String,
+    },
+    /// Training data are not as they should be.
+    #[error("{path}: {reason}")]
+    Data {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong and what was expected.
+        reason: String,
+    },
     /// A checkpoint does not fit the run that would resume from it.
     #[error("{path} cannot be resumed: {reason}")]
     Resume {

@@ -5,20 +5,27 @@
 //! configuration. The model is rebuilt around the step's tensors each time, so one definition of each
 //! model serves training and inference.
 
+mod adapter;
 pub mod autoencoder;
 pub mod checkpoint;
 pub mod config;
 mod data;
+pub mod distill;
 pub mod emmdit;
 mod error;
 mod files;
+mod frozen;
+pub mod grpo;
 pub mod language_model;
 pub mod latents;
+pub mod lora;
 pub mod losses;
 pub mod miniature;
 pub mod optimizer;
 mod pictures;
+pub mod prompts;
 mod repa;
+pub mod rewards;
 mod start;
 pub mod store;
 pub mod tokenizer;

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use nitro_models::emmdit::EmmditConfig;
 use nitro_models::{DType, save_safetensors};
 
 use crate::TrainError;
@@ -74,23 +75,26 @@ pub fn run(
         TaskConfig::Emmdit(task) => {
             let training = EmmditTraining::new(&config.run, task)?;
             let store = train(&training, config, dir, options)?;
-            export_emmdit(task, &store, export)
+            export_emmdit(&task.model, &store, &export.join("transformer.safetensors"))
         }
+        TaskConfig::Lora(task) => crate::lora::run(config, task, dir, export, options),
+        TaskConfig::Grpo(task) => crate::grpo::run(config, task, dir, export, options),
+        TaskConfig::Distill(task) => crate::distill::run(config, task, dir, export, options),
     }
 }
 
-/// Writes the averaged weights of an E-MMDiT as `transformer.safetensors` of a model folder.
-fn export_emmdit(
-    task: &EmmditTask,
+/// Writes the averaged weights of an E-MMDiT as a file of a model folder.
+pub(crate) fn export_emmdit(
+    model: &EmmditConfig,
     store: &ParameterStore,
-    export: &Path,
+    path: &Path,
 ) -> Result<(), TrainError> {
-    let config = serde_json::to_string(&task.model).map_err(|e| TrainError::Config {
+    let config = serde_json::to_string(model).map_err(|e| TrainError::Config {
         origin: "the model's configuration".into(),
         reason: e.to_string(),
     })?;
     let metadata = HashMap::from([("nitro.config".to_owned(), config)]);
-    save(store, &export.join("transformer.safetensors"), metadata)
+    save(store, path, metadata)
 }
 
 fn save(

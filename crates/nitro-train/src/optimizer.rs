@@ -30,6 +30,22 @@ pub fn named_gradients(
         .collect()
 }
 
+/// Adds gradients to those of other batches.
+pub fn accumulate(total: &mut NamedGradients, more: NamedGradients) {
+    for (name, grad) in more {
+        match total.get_mut(&name) {
+            Some(sum) => {
+                for (sum, grad) in sum.iter_mut().zip(&grad) {
+                    *sum += grad;
+                }
+            }
+            None => {
+                total.insert(name, grad);
+            }
+        }
+    }
+}
+
 /// What one step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepReport {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::Tensor;
+use image::RgbImage;
 
 use crate::TrainError;
 
@@ -64,15 +65,27 @@ pub(crate) fn write_grid(
     pictures: Tensor<4>,
     columns: usize,
 ) -> Result<(), TrainError> {
-    let [count, _, h, w] = pictures.dims();
-    let rows = count.div_ceil(columns);
-    let mut grid = image::RgbImage::new((columns * w) as u32, (rows * h) as u32);
-    for (i, picture) in to_bytes(pictures).into_iter().enumerate() {
-        let Some(picture) = image::RgbImage::from_raw(w as u32, h as u32, picture) else {
-            continue;
-        };
-        let (x, y) = (i % columns * w, i / columns * h);
-        image::imageops::replace(&mut grid, &picture, x as i64, y as i64);
+    let [_, _, h, w] = pictures.dims();
+    let pictures: Vec<RgbImage> = to_bytes(pictures)
+        .into_iter()
+        .filter_map(|bytes| RgbImage::from_raw(w as u32, h as u32, bytes))
+        .collect();
+    write_pictures(path, &pictures.iter().collect::<Vec<_>>(), columns)
+}
+
+/// Writes pictures of one size as one PNG, `columns` in a row.
+pub(crate) fn write_pictures(
+    path: &Path,
+    pictures: &[&RgbImage],
+    columns: usize,
+) -> Result<(), TrainError> {
+    let (w, h) = pictures.first().map_or((1, 1), |p| p.dimensions());
+    let rows = pictures.len().div_ceil(columns).max(1);
+    let mut grid = RgbImage::new(columns as u32 * w, rows as u32 * h);
+    for (i, picture) in pictures.iter().enumerate() {
+        let (x, y) = (i % columns, i / columns);
+        let (x, y) = (x as i64 * i64::from(w), y as i64 * i64::from(h));
+        image::imageops::replace(&mut grid, *picture, x, y);
     }
     nitro_pipeline::picture::save_png(path, &grid, None).map_err(|error| TrainError::Picture {
         path: path.to_owned(),

@@ -108,12 +108,40 @@ impl ParameterStore {
             .sum()
     }
 
+    /// Adds a buffer, or replaces the one of this name: state of a run that checkpoints carry.
+    pub fn set_buffer(&mut self, name: &str, value: Vec<f32>) {
+        let entry = Entry {
+            shape: vec![value.len()],
+            value,
+            ..Entry::default()
+        };
+        self.entries.insert(name.to_owned(), entry);
+    }
+
+    /// The parameters whose names do not begin with `prefix`.
+    pub fn without(&self, prefix: &str) -> Self {
+        let others = self.entries.iter().filter(|(n, _)| !n.starts_with(prefix));
+        Self {
+            entries: others.map(|(n, e)| (n.clone(), e.clone())).collect(),
+        }
+    }
+
+    /// Adds the parameters of another store.
+    pub fn extend(&mut self, other: Self) {
+        self.entries.extend(other.entries);
+    }
+
     /// The weights as leaves of Burn's autodiff graph, for one training step.
     pub fn tracked(&self) -> TensorMap {
+        self.tracked_where(|_| true)
+    }
+
+    /// The weights, those that `train` names as leaves of the graph and all others as constants of it.
+    pub fn tracked_where(&self, train: impl Fn(&str) -> bool) -> TensorMap {
         let device = Device::flex().autodiff();
-        self.tensors(|entry| {
+        self.tensors(|name, entry| {
             let tensor = from_slice(&entry.value, &device);
-            if entry.trainable {
+            if entry.trainable && train(name) {
                 tensor.require_grad()
             } else {
                 tensor
@@ -124,10 +152,16 @@ impl ParameterStore {
     /// The moving average of the weights, for sampling and export.
     pub fn averaged(&self) -> TensorMap {
         let device = Device::flex();
-        self.tensors(|entry| from_slice(entry.averaged(), &device))
+        self.tensors(|_, entry| from_slice(entry.averaged(), &device))
     }
 
-    fn tensors(&self, make: impl Fn(&Entry) -> Tensor<1>) -> TensorMap {
+    /// The weights themselves, for use without gradients.
+    pub fn current(&self) -> TensorMap {
+        let device = Device::flex();
+        self.tensors(|_, entry| from_slice(&entry.value, &device))
+    }
+
+    fn tensors(&self, make: impl Fn(&str, &Entry) -> Tensor<1>) -> TensorMap {
         let mut map = TensorMap::default();
         for (name, entry) in &self.entries {
             let spec = ParameterSpec {
@@ -136,7 +170,7 @@ impl ParameterStore {
                 init: Init::Zeros,
                 trainable: entry.trainable,
             };
-            map.insert(spec, make(entry));
+            map.insert(spec, make(name, entry));
         }
         map
     }

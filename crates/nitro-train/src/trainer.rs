@@ -70,7 +70,10 @@ pub fn train<T: Task>(
         source,
     })?;
     let common = &config.run;
-    let mut state = start(task, config, dir)?;
+    let mut state = start(config, dir, || match &config.run.init_from {
+        Some(path) => initial_from(path, config.run.seed, |p| task.build(p)),
+        None => ParameterStore::initialise(config.run.seed, |p| task.build(p)),
+    })?;
     let mut log = MetricsLog::open(dir)?;
     let bar = progress_bar(common, state.step, options.quiet);
     bar.println(format!(
@@ -156,8 +159,12 @@ pub fn train<T: Task>(
     Ok(state.store)
 }
 
-/// The newest checkpoint of `dir`, or a fresh start.
-fn start<T: Task>(task: &T, config: &RunConfig, dir: &Path) -> Result<Checkpoint, TrainError> {
+/// The newest checkpoint of `dir`, or a fresh start with the `initial` parameters.
+pub(crate) fn start(
+    config: &RunConfig,
+    dir: &Path,
+    initial: impl FnOnce() -> Result<ParameterStore, TrainError>,
+) -> Result<Checkpoint, TrainError> {
     let text = serde_json::to_string(config).map_err(|e| TrainError::Config {
         origin: "the run's configuration".into(),
         reason: e.to_string(),
@@ -170,15 +177,11 @@ fn start<T: Task>(task: &T, config: &RunConfig, dir: &Path) -> Result<Checkpoint
         });
     }
     write_json(&dir.join("config.json"), config)?;
-    let store = match &config.run.init_from {
-        Some(path) => initial_from(path, config.run.seed, |p| task.build(p))?,
-        None => ParameterStore::initialise(config.run.seed, |p| task.build(p))?,
-    };
     Ok(Checkpoint {
         step: 0,
         updates: 0,
         config: text,
-        store,
+        store: initial()?,
     })
 }
 
@@ -198,9 +201,10 @@ fn check_resumable(
     let essence = |config: &RunConfig| {
         let run = &config.run;
         let mut task = json!(config.task);
-        // Part of the schedule, like `max_steps`.
-        task.as_object_mut()
-            .map(|task| task.remove("full_size_steps"));
+        // Part of the schedule, like `max_steps`, or what is watched on the way.
+        for key in ["full_size_steps", "eval", "collapse"] {
+            task.as_object_mut().map(|task| task.remove(key));
+        }
         json!({
             "task": task, "seed": run.seed, "init_from": run.init_from, "batch_size": run.batch_size,
             "optimizer": run.optimizer, "warmup_steps": run.warmup_steps,
@@ -233,7 +237,7 @@ fn sample<T: Task>(
     task.sample(&store.averaged(), step, dir)
 }
 
-fn progress_bar(config: &CommonConfig, position: u64, quiet: bool) -> ProgressBar {
+pub(crate) fn progress_bar(config: &CommonConfig, position: u64, quiet: bool) -> ProgressBar {
     if quiet {
         return ProgressBar::hidden();
     }
@@ -304,13 +308,13 @@ impl Meter {
 }
 
 /// `metrics.jsonl`, one object per line, appended.
-struct MetricsLog {
+pub(crate) struct MetricsLog {
     path: PathBuf,
     file: std::fs::File,
 }
 
 impl MetricsLog {
-    fn open(dir: &Path) -> Result<Self, TrainError> {
+    pub(crate) fn open(dir: &Path) -> Result<Self, TrainError> {
         let path = dir.join("metrics.jsonl");
         let file = std::fs::OpenOptions::new()
             .create(true)
@@ -323,7 +327,7 @@ impl MetricsLog {
         Ok(Self { path, file })
     }
 
-    fn write(&mut self, line: &serde_json::Value) -> Result<(), TrainError> {
+    pub(crate) fn write(&mut self, line: &serde_json::Value) -> Result<(), TrainError> {
         writeln!(self.file, "{line}").map_err(|source| TrainError::Io {
             path: self.path.clone(),
             source,
