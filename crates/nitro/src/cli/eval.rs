@@ -1,12 +1,12 @@
 //! `nitro eval shapes`: makes the bench's pictures and scores them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
 use nitro::{Pipeline, Request, Seeds};
 use nitro_eval::geneval::{Manifest, PromptFolder, read_metadata, write_prompt_folder};
-use nitro_eval::shapes::{IMAGES_PER_PROMPT, options, score_folder, shapes_bench};
+use nitro_eval::shapes::{IMAGES_PER_PROMPT, held_out_bench, options, score_folder, shapes_bench};
 use nitro_eval::{Metadata, Results, Summary};
 
 use super::failure::{bad_input, say};
@@ -20,6 +20,9 @@ pub(super) struct ShapesArgs {
     /// Prompts in GenEval's metadata format, one JSON object per line [default: the built-in bench]
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
+    /// 240 other prompts of the same grammar, which no training has seen, instead of the bench
+    #[arg(long, conflicts_with = "prompts")]
+    held_out: bool,
     /// Folder for pictures (GenEval's layout), manifest.json and results.jsonl; an interrupted run
     /// goes on where it stopped
     #[arg(long, default_value = "shapes-bench", value_name = "DIR")]
@@ -64,6 +67,7 @@ pub(super) fn run(args: &ShapesArgs) -> anyhow::Result<()> {
 impl ShapesArgs {
     fn read_prompts(&self) -> anyhow::Result<Vec<Metadata>> {
         let mut prompts = match &self.prompts {
+            None if self.held_out => held_out_bench().into_iter().map(|p| p.metadata).collect(),
             None => shapes_bench().into_iter().map(|p| p.metadata).collect(),
             Some(file) => {
                 let place = file.display().to_string();
@@ -81,20 +85,50 @@ impl ShapesArgs {
 
     fn score(&self, prompts: &[Metadata], progress: &Progress) -> anyhow::Result<Summary> {
         let pipeline = self.model.load(None, progress)?;
+        let bench = Bench {
+            out: &self.out,
+            steps: self.steps,
+            guidance: self.guidance_scale,
+            batch: self.batch,
+        };
+        bench.score(&pipeline, prompts, progress)
+    }
+}
+
+/// How a bench is run.
+pub(super) struct Bench<'a> {
+    /// Folder for pictures, `manifest.json` and `results.jsonl`.
+    pub(super) out: &'a Path,
+    /// Sampling steps, if not the variant's.
+    pub(super) steps: Option<usize>,
+    /// Guidance scale, if not the variant's.
+    pub(super) guidance: Option<f64>,
+    /// Pictures denoised together.
+    pub(super) batch: usize,
+}
+
+impl Bench<'_> {
+    /// Makes the pictures that are missing, and scores all.
+    pub(super) fn score(
+        &self,
+        pipeline: &Pipeline,
+        prompts: &[Metadata],
+        progress: &Progress,
+    ) -> anyhow::Result<Summary> {
         progress.stage("hashing the weights");
         let seeds: Vec<u64> = (0..IMAGES_PER_PROMPT as u64).collect();
         Manifest {
             checkpoint: pipeline.fingerprint()?,
             steps: self.steps.unwrap_or(pipeline.variant().steps),
-            guidance: self.guidance_scale.unwrap_or(pipeline.variant().guidance),
+            guidance: self.guidance.unwrap_or(pipeline.variant().guidance),
             seeds,
         }
-        .claim(&self.out)?;
+        .claim(self.out)?;
 
-        self.make_pictures(&pipeline, prompts, progress)?;
+        self.make_pictures(pipeline, prompts, progress)?;
         progress.stage("judging");
         let mut results = Results::open(&self.out.join("results.jsonl"))?;
-        score_folder(&self.out, &options(), &mut results)?;
+        score_folder(self.out, &options(), &mut results)?;
         // A folder may hold more prompts than this run was limited to.
         let asked: Vec<String> = prompts.iter().map(Metadata::to_json).collect();
         let records: Vec<_> = results
@@ -116,7 +150,7 @@ impl ShapesArgs {
         let open: Vec<(usize, &Metadata)> = prompts
             .iter()
             .enumerate()
-            .filter(|(i, p)| !PromptFolder::is_complete(&self.out, *i, p, IMAGES_PER_PROMPT))
+            .filter(|(i, p)| !PromptFolder::is_complete(self.out, *i, p, IMAGES_PER_PROMPT))
             .collect();
         progress.count("prompts", prompts.len() as u64);
         let mut done = prompts.len() - open.len();
@@ -125,7 +159,7 @@ impl ShapesArgs {
             let request = Request {
                 images_per_prompt: IMAGES_PER_PROMPT,
                 steps: self.steps,
-                guidance_scale: self.guidance_scale,
+                guidance_scale: self.guidance,
                 seeds: Seeds::PerImage(0),
                 batch: self.batch,
                 ..Request::of(group.iter().map(|(_, p)| p.prompt.as_str()))
@@ -140,7 +174,7 @@ impl ShapesArgs {
                 let samples: Vec<Vec<u8>> =
                     images.iter().map(|g| g.image.as_raw().clone()).collect();
                 let size = (width as usize, height as usize);
-                write_prompt_folder(&self.out, *index, metadata, &samples, size, true)
+                write_prompt_folder(self.out, *index, metadata, &samples, size, true)
                     .with_context(|| format!("cannot write to {}", self.out.display()))?;
                 done += 1;
                 progress.set(done as u64);

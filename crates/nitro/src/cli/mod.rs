@@ -8,7 +8,9 @@ mod info;
 mod interrupt;
 mod model_args;
 mod outputs;
+mod post_train;
 mod progress;
+mod reproduce;
 mod train;
 
 use std::process::ExitCode;
@@ -41,6 +43,9 @@ enum Command {
     /// Train models
     #[command(subcommand)]
     Train(train::TrainCommand),
+    /// Measure again in the miniature what the paper says
+    #[command(subcommand)]
+    Reproduce(reproduce::ReproduceCommand),
     /// Look into models
     Model(ModelCommand),
     /// Measure this machine, and the full-size models on it
@@ -79,6 +84,7 @@ pub(crate) fn run() -> ExitCode {
             command: Eval::Shapes(args),
         }) => eval::run(&args),
         Command::Train(command) => train::run(&command),
+        Command::Reproduce(command) => reproduce::run(&command),
         Command::Model(ModelCommand {
             command: Model::Info(args),
         }) => info::run(&args),

@@ -7,7 +7,7 @@ use nitro_train::config::RunConfig;
 use nitro_train::miniature::{self, LatentsPlan, Miniature};
 use nitro_train::trainer::RunOptions;
 
-use super::interrupt;
+use super::{interrupt, post_train};
 
 /// What to train.
 #[derive(Subcommand)]
@@ -18,6 +18,13 @@ pub(super) enum TrainCommand {
     Latents(LatentsArgs),
     /// The whole miniature from nothing: autoencoder, text encoder, latents, teacher, E-MMDiT
     Miniature(MiniatureArgs),
+    /// Adapters (LoRA) on a folder of your own pictures with captions
+    #[command(long_flag = "lora")]
+    Lora(post_train::LoraArgs),
+    /// Improve a model by rewards (GRPO): gives the variant `grpo`
+    Grpo(post_train::VariantArgs),
+    /// Distil a model into one of few steps without guidance: gives the variant `dist`
+    Distill(post_train::VariantArgs),
 }
 
 /// Arguments of `nitro train run`.
@@ -95,15 +102,16 @@ impl PlanArgs {
     }
 }
 
+/// How a run talks.
 #[derive(Args)]
-struct CommonArgs {
+pub(super) struct CommonArgs {
     /// No progress bar
     #[arg(short, long)]
     quiet: bool,
 }
 
 impl CommonArgs {
-    fn options(&self) -> RunOptions {
+    pub(super) fn options(&self) -> RunOptions {
         RunOptions {
             quiet: self.quiet,
             stop: Some(interrupt::flag()),
@@ -135,6 +143,9 @@ pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
             let miniature = Miniature::load(&args.configs, args.plan.plan())?;
             Ok(miniature.train(&args.runs, &args.out, &args.common.options())?)
         }
+        TrainCommand::Lora(args) => post_train::lora(args, &args.common().options()),
+        TrainCommand::Grpo(args) => post_train::grpo(args, &args.common().options()),
+        TrainCommand::Distill(args) => post_train::distill(args, &args.common().options()),
     };
     interrupt::watched(|| nitro_train::in_pool(work))
 }

@@ -1,0 +1,20 @@
+//! `nitro reproduce`: what the paper says, measured again in the miniature.
+
+mod table2;
+
+use clap::Subcommand;
+
+/// What to measure again.
+#[derive(Subcommand)]
+pub(super) enum ReproduceCommand {
+    /// Base, GRPO and four-step model: speed, size, the six tasks (hours on two cores; started again,
+    /// it goes on where it was)
+    Table2(table2::Table2Args),
+}
+
+/// Runs the command.
+pub(super) fn run(command: &ReproduceCommand) -> anyhow::Result<()> {
+    match command {
+        ReproduceCommand::Table2(args) => table2::run(args),
+    }
+}
