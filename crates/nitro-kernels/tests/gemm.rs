@@ -1,7 +1,7 @@
 //! Products agree with f64 on every instruction set, for odd sizes, any strides and all epilogues.
 
 use nitro_kernels::gemm::{
-    Activation, Epilogue, MatRef, PackedB, column_sum, gemm_packed, gemm_with_isa,
+    Activation, Epilogue, MatRef, PackedB, column_sum, gemm_by_rows, gemm_packed, gemm_with_isa,
 };
 use nitro_kernels::isa::{Isa, Precision};
 use proptest::prelude::*;
@@ -250,6 +250,33 @@ fn model_shapes_agree_with_f64() {
                     ldc_extra: 0,
                     pre_activation: bias,
                 });
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_how_many_there_are() {
+    // Narrow layers with long rows: those that `gemm` shares out by ranges of the rows.
+    for (n, k) in [(32, 600), (64, 2304), (768, 3072), (5, 1025)] {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let (a, b, bias) = (values(97 * k, 1), values(n * k, 2), values(n, 3));
+            let product = |first: usize, rows: usize| {
+                let mut c = vec![0.0; rows * n];
+                let a = MatRef::row_major(&a[first * k..], rows, k).unwrap();
+                let b = MatRef::row_major(&b, n, k).unwrap().t();
+                let epilogue = Epilogue {
+                    bias: Some(&bias),
+                    activation: Activation::Silu,
+                    pre_activation: None,
+                };
+                gemm_by_rows(a, b, &mut c, n, epilogue, precision).unwrap();
+                c
+            };
+            let all = product(0, 97);
+            for (first, rows) in [(0, 1), (3, 2), (5, 13), (40, 57), (96, 1)] {
+                let some = &all[first * n..(first + rows) * n];
+                assert!(product(first, rows) == some, "{rows} rows of {k} to {n}");
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, activation};
 use nitro_kernels::elementwise;
-use nitro_kernels::gemm::{Epilogue, MatRef, column_sum, gemm};
+use nitro_kernels::gemm::{Epilogue, MatRef, column_sum, gemm, gemm_by_rows};
 
 use crate::Precision;
 use crate::fused::{Array, FusedOp, Handle, apply};
@@ -106,7 +106,8 @@ impl FusedOp<3> for LinearOp {
         };
         let a = matrix(x.data(), rows, inner);
         let b = matrix(weight.data(), out, inner).t();
-        kernel(gemm(a, b, &mut y, out, false, epilogue, self.precision));
+        // A sample's result must not depend on its batch.
+        kernel(gemm_by_rows(a, b, &mut y, out, epilogue, self.precision));
         (
             Array::new(y, &dims),
             keep.then(|| Array::new(before, &dims)),

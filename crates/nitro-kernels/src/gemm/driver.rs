@@ -69,14 +69,42 @@ pub fn gemm_with_isa(
             return Ok(());
         }
     }
-    let layout = Layout::new(&set, a.cols(), b.cols());
+    packing(&set, a, b, &target);
+    Ok(())
+}
+
+/// `C = act(A B + bias)`, where a row of C depends on its row of A alone: bit by bit the same, whatever
+/// other rows there are and on any number of threads. [`gemm`] may add up long rows in another order
+/// when there are few of them. For layers whose rows are samples, so that a sample does not depend on
+/// its batch.
+///
+/// # Errors
+/// As [`gemm`].
+pub fn gemm_by_rows(
+    a: MatRef<'_>,
+    b: MatRef<'_>,
+    c: &mut [f32],
+    ldc: usize,
+    epilogue: Epilogue<'_>,
+    precision: Precision,
+) -> Result<(), KernelError> {
+    check_eq("gemm: rows of B against columns of A", a.cols(), b.rows())?;
+    let target = Target::new(a.rows(), b.cols(), c, ldc, false, epilogue)?;
+    if a.rows() > 0 && b.cols() > 0 {
+        packing(&KernelSet::new(Isa::current(), precision), a, b, &target);
+    }
+    Ok(())
+}
+
+/// The product with all of B packed first.
+fn packing(set: &KernelSet, a: MatRef<'_>, b: MatRef<'_>, target: &Target) {
+    let layout = Layout::new(set, a.cols(), b.cols());
     let mut packed = Scratch::take(layout.bytes());
     // SAFETY: the scratch holds `layout.bytes()` bytes and is ours.
     unsafe {
-        pack_b(&set, &layout, &b, packed.as_mut_ptr().cast());
-        shared_b(&set, &layout, packed.as_mut_ptr().cast(), &a, &target);
+        pack_b(set, &layout, &b, packed.as_mut_ptr().cast());
+        shared_b(set, &layout, packed.as_mut_ptr().cast(), &a, target);
     }
-    Ok(())
 }
 
 /// C and its epilogue, checked, in the form tasks on several threads can share.

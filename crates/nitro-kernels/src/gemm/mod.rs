@@ -20,7 +20,7 @@ mod pack;
 mod prepacked;
 mod sums;
 
-pub use driver::{gemm, gemm_with_isa};
+pub use driver::{gemm, gemm_by_rows, gemm_with_isa};
 pub use epilogue::{Activation, Epilogue};
 pub use matrix::MatRef;
 pub use prepacked::{PackedB, gemm_packed};
