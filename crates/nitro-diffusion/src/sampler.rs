@@ -120,18 +120,13 @@ impl<'a> Euler<'a> {
                 total,
                 source,
             })?;
-            expect_len("the denoiser's velocity", velocity.len(), latents.len())?;
-            for ((x, x0), velocity) in latents.iter_mut().zip(&mut denoised).zip(velocity) {
-                *x0 = *x - sigma * velocity;
-                *x += (sigma_next - sigma) * velocity;
-            }
-            if let Some(inpaint) = &self.inpaint {
-                // sigma_next is 0 after the last step: the original itself.
-                let kept = add_noise(inpaint.image, inpaint.noise, sigma_next)?;
-                for ((x, kept), mask) in latents.iter_mut().zip(kept).zip(inpaint.mask) {
-                    *x = (1.0 - mask) * kept + mask * *x;
-                }
-            }
+            advance(
+                &mut latents,
+                &mut denoised,
+                &velocity,
+                [sigma, sigma_next],
+                self.inpaint.as_ref(),
+            )?;
             let step = Step {
                 i,
                 total,
@@ -165,6 +160,133 @@ impl<'a> Euler<'a> {
             expect_len("inpainting mask", inpaint.mask.len(), len)?;
         }
         Ok(())
+    }
+}
+
+/// One Euler step from `sigma` to `sigma_next`, in place; `denoised` gets the estimate of the clean
+/// latents.
+fn advance(
+    latents: &mut [f32],
+    denoised: &mut [f32],
+    velocity: &[f32],
+    [sigma, sigma_next]: [f32; 2],
+    inpaint: Option<&Inpaint<'_>>,
+) -> Result<()> {
+    expect_len("the denoiser's velocity", velocity.len(), latents.len())?;
+    for ((x, x0), velocity) in latents.iter_mut().zip(denoised).zip(velocity) {
+        *x0 = *x - sigma * velocity;
+        *x += (sigma_next - sigma) * velocity;
+    }
+    if let Some(inpaint) = inpaint {
+        // sigma_next is 0 after the last step: the original itself.
+        let kept = add_noise(inpaint.image, inpaint.noise, sigma_next)?;
+        for ((x, kept), mask) in latents.iter_mut().zip(kept).zip(inpaint.mask) {
+            *x = (1.0 - mask) * kept + mask * *x;
+        }
+    }
+    Ok(())
+}
+
+/// What [`Inpaint`] keeps, owned: the clean latents, the starting noise and the mask of one sample.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    /// As [`Inpaint::image`].
+    pub image: Vec<f32>,
+    /// As [`Inpaint::noise`].
+    pub noise: Vec<f32>,
+    /// As [`Inpaint::mask`].
+    pub mask: Vec<f32>,
+}
+
+/// One sample on its way, advanced step by step by whoever computes velocities.
+///
+/// [`Euler::run`] takes a batch from start to end; trajectories let samples with schedules of their
+/// own join and leave a batch between steps. Both make the same steps.
+#[derive(Debug, Clone)]
+pub struct Trajectory {
+    timetable: Timetable,
+    latents: Vec<f32>,
+    denoised: Vec<f32>,
+    completed: usize,
+    kept: Option<Kept>,
+}
+
+impl Trajectory {
+    /// A sample at the start of `timetable`.
+    pub fn new(timetable: Timetable, latents: Vec<f32>, kept: Option<Kept>) -> Result<Self> {
+        if timetable.is_empty() {
+            return Err(Error::NoSteps { steps: 0 });
+        }
+        if let Some(kept) = &kept {
+            expect_len("inpainting image", kept.image.len(), latents.len())?;
+            expect_len("inpainting noise", kept.noise.len(), latents.len())?;
+            expect_len("inpainting mask", kept.mask.len(), latents.len())?;
+        }
+        Ok(Self {
+            denoised: latents.clone(),
+            timetable,
+            latents,
+            completed: 0,
+            kept,
+        })
+    }
+
+    /// The timestep at which the next velocity is wanted; `None` when the sample is finished.
+    pub fn timestep(&self) -> Option<f32> {
+        self.timetable.timesteps().get(self.completed).copied()
+    }
+
+    /// Makes the next step with the velocity at [`Self::latents`] and [`Self::timestep`]. A finished
+    /// sample stays as it is.
+    pub fn advance(&mut self, velocity: &[f32]) -> Result<()> {
+        let Some(sigmas) = self.sigmas_of(self.completed) else {
+            return Ok(());
+        };
+        let inpaint = self.kept.as_ref().map(|kept| Inpaint {
+            image: &kept.image,
+            noise: &kept.noise,
+            mask: &kept.mask,
+        });
+        advance(
+            &mut self.latents,
+            &mut self.denoised,
+            velocity,
+            sigmas,
+            inpaint.as_ref(),
+        )?;
+        self.completed += 1;
+        Ok(())
+    }
+
+    /// The noise levels before and after step `i`.
+    pub fn sigmas_of(&self, i: usize) -> Option<[f32; 2]> {
+        let sigmas = self.timetable.sigmas();
+        Some([*sigmas.get(i)?, *sigmas.get(i + 1)?])
+    }
+
+    /// The noise levels it visits.
+    pub fn timetable(&self) -> &Timetable {
+        &self.timetable
+    }
+
+    /// Steps made.
+    pub fn completed(&self) -> usize {
+        self.completed
+    }
+
+    /// Steps of the whole run.
+    pub fn total(&self) -> usize {
+        self.timetable.len()
+    }
+
+    /// The latents as they are now.
+    pub fn latents(&self) -> &[f32] {
+        &self.latents
+    }
+
+    /// The last step's estimate of the clean latents; the start before any step.
+    pub fn denoised(&self) -> &[f32] {
+        &self.denoised
     }
 }
 
@@ -325,6 +447,41 @@ mod tests {
         // In between, the kept part carries the noise of the level reached.
         let (sigma, latents) = first.unwrap();
         assert_eq!(latents[3], sigma * noise[3] + (1.0 - sigma) * image[3]);
+    }
+
+    #[test]
+    fn a_trajectory_makes_the_steps_of_a_run() {
+        let timetable = FlowMatchEuler::nitro_e().timetable(6).unwrap();
+        let noise = CpuGenerator::new(2).randn(16);
+        let field =
+            |x: &[f32], t: f32| -> Vec<f32> { x.iter().map(|x| (x + t / 1000.0).sin()).collect() };
+        let kept = Kept {
+            image: vec![0.5; 16],
+            noise: noise.clone(),
+            mask: expand_mask(&[1.0, 0.0, 1.0, 1.0], 4, 1),
+        };
+        let run = Euler::new(&timetable)
+            .inpaint(Inpaint {
+                image: &kept.image,
+                noise: &kept.noise,
+                mask: &kept.mask,
+            })
+            .run(
+                noise.clone(),
+                1,
+                |x: &[f32], t| Ok::<_, Infallible>(field(x, t)),
+                go_on,
+            )
+            .unwrap();
+        let mut sample = Trajectory::new(timetable, noise, Some(kept)).unwrap();
+        while let Some(timestep) = sample.timestep() {
+            let velocity = field(sample.latents(), timestep);
+            assert!(sample.advance(&velocity[1..]).is_err());
+            sample.advance(&velocity).unwrap();
+        }
+        assert_eq!((sample.completed(), sample.latents()), (6, run.as_slice()));
+        sample.advance(&[0.0; 16]).unwrap();
+        assert_eq!((sample.completed(), sample.latents()), (6, run.as_slice()));
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub mod picture;
 mod pipeline;
 mod pixels;
 mod request;
+mod sample;
+mod text;
 pub mod tokenizer;
 
 pub use card::{ModelCard, Variant};
@@ -32,3 +34,5 @@ pub use pixels::to_pictures;
 pub use request::{
     CudaDevice, Generated, InitImage, NoiseKind, Output, Request, Seeds, Stage, Timings, Truncation,
 };
+pub use sample::{Plan, Prepared, Sample};
+pub use text::{EncodedText, TextCache};

@@ -1,7 +1,7 @@
 //! From a model's files to a pipeline.
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use burn::tensor::Device;
@@ -124,37 +124,42 @@ impl PipelineBuilder {
 
     /// Finds, downloads if need be, checks and loads all parts.
     pub fn load(self) -> Result<Pipeline, PipelineError> {
+        // One variant is asked for, so one comes.
+        let mut loaded = self.load_with(&[])?;
+        Ok(loaded.swap_remove(0))
+    }
+
+    /// Loads the chosen variant and further ones of the same model, which share text encoder and
+    /// autoencoder with it.
+    pub fn load_with(self, further: &[String]) -> Result<Vec<Pipeline>, PipelineError> {
         let began = Instant::now();
-        let files = ModelFiles::open(self.location, self.hub)?;
+        let files = ModelFiles::open(self.location.clone(), self.hub.clone())?;
         let card = files.card();
-        let variant = card
-            .variant(self.variant.as_deref(), self.resolution)?
-            .clone();
+        let mut variants = vec![card.variant(self.variant.as_deref(), self.resolution)?];
+        for name in further {
+            variants.push(card.variant(Some(name), self.resolution)?);
+        }
         let (device, precision) = (&self.device, self.precision);
 
         // The transformer comes first: it is the part a user chooses, and errors in it are likeliest.
         (self.on_part)("transformer");
         let autoencoder = autoencoder_config(&files)?;
-        let weights = open_weights(&files.file(&variant.transformer)?)?;
-        let config = transformer_config(&weights, &variant, &autoencoder)?;
-        let adapters = adapters(&files, &variant, &self.loras)?;
-        let merged = Merged::new(
-            &weights,
-            adapters.iter().map(|(adapter, scale)| (adapter, *scale)),
-        )?;
-        let transformer = Emmdit::new(&config, &Params::new(&merged, device, precision))?;
-        // Projectors serve training only.
-        weights.finish(&["projectors."])?;
+        let transformers = variants
+            .iter()
+            .map(|variant| self.transformer(&files, variant, &autoencoder))
+            .collect::<Result<Vec<_>, _>>()?;
 
         (self.on_part)("text encoder");
         let (text_config, text_file) = text_encoder_files(&files)?;
-        let tokenizer = TextTokenizer::load(
+        let tokenizer = Arc::new(TextTokenizer::load(
             &files.part_file(&card.text_encoder, "tokenizer.json")?,
             &files.part_file(&card.text_encoder, "tokenizer_config.json")?,
             card.text_tokens,
             text_config.vocab_size,
-        )?;
-        check_fit(card, &config, &text_config, &autoencoder)?;
+        )?);
+        for transformer in &transformers {
+            check_fit(card, transformer.config(), &text_config, &autoencoder)?;
+        }
         let text_weights = open_weights(&text_file)?;
         let text_encoder =
             Llama::new(&text_config, &Params::new(&text_weights, device, precision))?;
@@ -163,33 +168,71 @@ impl PipelineBuilder {
         let autoencoder_file = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
         let weights = open_weights(&autoencoder_file)?;
         let decoder = Decoder::new(&autoencoder, &Params::new(&weights, device, precision))?;
+        let encoder = Arc::new(OnceLock::new());
+        let load_time = began.elapsed();
 
+        let pipelines = variants.into_iter().zip(transformers);
+        pipelines
+            .map(|(variant, transformer)| {
+                Ok(Pipeline {
+                    sources: Sources {
+                        transformer: files.file(&variant.transformer)?,
+                        text_encoder: text_file.clone(),
+                        autoencoder: autoencoder_file.clone(),
+                        adapters: self.adapter_files(&files, variant)?,
+                    },
+                    name: card.name.clone(),
+                    variant: variant.clone(),
+                    tokenizer: tokenizer.clone(),
+                    text_encoder: text_encoder.clone(),
+                    transformer,
+                    autoencoder: autoencoder.clone(),
+                    decoder: decoder.clone(),
+                    encoder: encoder.clone(),
+                    device: self.device.clone(),
+                    precision,
+                    load_time,
+                })
+            })
+            .collect()
+    }
+
+    /// The transformer of a variant, with all adapters merged.
+    fn transformer(
+        &self,
+        files: &ModelFiles,
+        variant: &Variant,
+        autoencoder: &DcaeConfig,
+    ) -> Result<Emmdit, PipelineError> {
+        let weights = open_weights(&files.file(&variant.transformer)?)?;
+        let config = transformer_config(&weights, variant, autoencoder)?;
+        let adapters = adapters(files, variant, &self.loras)?;
+        let merged = Merged::new(
+            &weights,
+            adapters.iter().map(|(adapter, scale)| (adapter, *scale)),
+        )?;
+        let params = Params::new(&merged, &self.device, self.precision);
+        let transformer = Emmdit::new(&config, &params)?;
+        // Projectors serve training only.
+        weights.finish(&["projectors."])?;
+        Ok(transformer)
+    }
+
+    /// Weight files of the adapters merged into a variant, with their scales.
+    fn adapter_files(
+        &self,
+        files: &ModelFiles,
+        variant: &Variant,
+    ) -> Result<Vec<(ModelFile, f64)>, PipelineError> {
         let mut adapters = Vec::new();
         if let Some(folder) = &variant.lora {
             adapters.push((files.part_file(folder, ADAPTER_WEIGHTS)?, 1.0));
         }
-        for (folder, scale) in self.loras {
-            adapters.push((ModelFile::Disk(folder.join(ADAPTER_WEIGHTS)), scale));
-        }
-        Ok(Pipeline {
-            sources: Sources {
-                transformer: files.file(&variant.transformer)?,
-                text_encoder: text_file,
-                autoencoder: autoencoder_file,
-                adapters,
-            },
-            name: card.name.clone(),
-            variant,
-            tokenizer,
-            text_encoder,
-            transformer,
-            autoencoder,
-            decoder,
-            encoder: OnceLock::new(),
-            device: self.device,
-            precision,
-            load_time: began.elapsed(),
-        })
+        let own = self.loras.iter();
+        adapters.extend(
+            own.map(|(folder, scale)| (ModelFile::Disk(folder.join(ADAPTER_WEIGHTS)), *scale)),
+        );
+        Ok(adapters)
     }
 }
 

@@ -1,6 +1,6 @@
 //! A loaded model: its parts, and what each does alone.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
@@ -28,13 +28,13 @@ const DECODE_PIXELS: usize = 512 * 512;
 pub struct Pipeline {
     pub(crate) name: String,
     pub(crate) variant: Variant,
-    pub(crate) tokenizer: TextTokenizer,
+    pub(crate) tokenizer: Arc<TextTokenizer>,
     pub(crate) text_encoder: Llama,
     pub(crate) transformer: Emmdit,
     pub(crate) autoencoder: DcaeConfig,
     pub(crate) decoder: Decoder,
-    /// Loaded when a request first brings an image.
-    pub(crate) encoder: OnceLock<Encoder>,
+    /// Loaded when a request first brings an image; variants share it.
+    pub(crate) encoder: Arc<OnceLock<Encoder>>,
     pub(crate) sources: Sources,
     pub(crate) device: Device,
     pub(crate) precision: Precision,

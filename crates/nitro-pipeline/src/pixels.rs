@@ -47,6 +47,7 @@ pub fn to_pictures(decoded: &TensorData) -> Vec<RgbImage> {
 }
 
 /// The initial image and its mask at the size of the request.
+#[derive(Debug)]
 pub(crate) struct Original {
     image: RgbImage,
     mask: Option<GrayImage>,

@@ -26,6 +26,14 @@ pub enum NoiseKind {
 }
 
 impl NoiseKind {
+    /// What pictures and reports call it: `cpu` or `cuda`, the device of torch's generator.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TorchCpu => "cpu",
+            Self::TorchCuda(_) => "cuda",
+        }
+    }
+
     /// Standard normal starting latents, one seed per sample: `seeds.len() * per_sample` values.
     ///
     /// This is diffusers' list-of-generators form: sample `i` depends on its own seed only, so it is

@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use nitro::picture::{self, Parameters};
+use nitro::picture;
 use nitro::{
     CudaDevice, InitImage, NoiseKind, Output, Pipeline, Request, Seeds, Timings, Truncation,
 };
@@ -93,15 +93,6 @@ pub(super) struct GenerateArgs {
 enum RngName {
     Cpu,
     Cuda,
-}
-
-impl RngName {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
-        }
-    }
 }
 
 fn parse_seed(text: &str) -> Result<u64, String> {
@@ -197,44 +188,23 @@ impl GenerateArgs {
         output: &Output,
     ) -> anyhow::Result<Written> {
         let (pictures, grid) = outputs.paths(output.images.len(), self.grid)?;
+        let plan = pipeline.plan(request)?;
+        let text = |prompt, seed: Option<u64>| {
+            let seed = seed.unwrap_or(self.seed);
+            (!self.no_metadata).then(|| pipeline.parameters(request, &plan, prompt, seed))
+        };
         for (generated, path) in output.images.iter().zip(&pictures) {
-            let text = (!self.no_metadata).then(|| {
-                self.parameters(pipeline, request, output, generated.prompt, generated.seed)
-            });
+            let text = text(generated.prompt, generated.seed);
             outputs.write(path, &picture::encode_png(&generated.image, text.as_ref())?)?;
         }
         if let Some(path) = &grid {
             let images: Vec<_> = output.images.iter().map(|g| &g.image).collect();
-            let text = (!self.no_metadata)
-                .then(|| self.parameters(pipeline, request, output, 0, Some(self.seed)));
             outputs.write(
                 path,
-                &picture::encode_png(&picture::grid(&images), text.as_ref())?,
+                &picture::encode_png(&picture::grid(&images), text(0, None).as_ref())?,
             )?;
         }
         Ok(Written { pictures, grid })
-    }
-
-    fn parameters(
-        &self,
-        pipeline: &Pipeline,
-        request: &Request,
-        output: &Output,
-        prompt: usize,
-        seed: Option<u64>,
-    ) -> Parameters {
-        let (width, height) = output.images[0].image.dimensions();
-        Parameters {
-            prompt: request.prompts[prompt].clone(),
-            negative_prompt: self.negative_prompt.clone().unwrap_or_default(),
-            steps: output.steps,
-            guidance_scale: output.guidance_scale,
-            seed: seed.unwrap_or(self.seed),
-            width,
-            height,
-            model: format!("{} {}", pipeline.name(), pipeline.variant().name),
-            rng: self.rng.name().to_owned(),
-        }
     }
 
     fn report(
@@ -262,7 +232,7 @@ impl GenerateArgs {
             "guidance_scale": output.guidance_scale,
             "width": width,
             "height": height,
-            "rng": self.rng.name(),
+            "rng": request.noise.name(),
             "images": output.images.iter().zip(&paths.pictures).map(|(image, path)| json!({
                 "path": path,
                 "prompt": request.prompts[image.prompt],

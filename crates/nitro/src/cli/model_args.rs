@@ -96,6 +96,15 @@ fn parse_lora(text: &str) -> Result<(PathBuf, f64), String> {
     }
 }
 
+/// `text` as one word of a POSIX shell.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
+    match !text.is_empty() && text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
 impl LocationArgs {
     /// Where the model is.
     pub(super) fn location(&self) -> ModelLocation {
@@ -121,6 +130,20 @@ impl ModelArgs {
         side: Option<usize>,
         progress: &Progress,
     ) -> anyhow::Result<Pipeline> {
+        Ok(self.builder(side, progress)?.load()?)
+    }
+
+    /// [`Self::load`], and further variants of the same model after it.
+    pub(super) fn load_variants(
+        &self,
+        side: Option<usize>,
+        further: &[String],
+        progress: &Progress,
+    ) -> anyhow::Result<Vec<Pipeline>> {
+        Ok(self.builder(side, progress)?.load_with(further)?)
+    }
+
+    fn builder(&self, side: Option<usize>, progress: &Progress) -> anyhow::Result<PipelineBuilder> {
         use_threads(self.threads)?;
         let part = progress.clone();
         let mut builder = Pipeline::builder(self.location.location())
@@ -134,7 +157,24 @@ impl ModelArgs {
         if let Some(side) = side {
             builder = builder.resolution(side);
         }
-        Ok(self.with_loras(builder)?.load()?)
+        self.with_loras(builder)
+    }
+
+    /// The arguments with which another command uses the same model in the same way; the variant is
+    /// left out.
+    pub(super) fn command_line(&self) -> String {
+        let mut line = Vec::new();
+        if self.location.model != EMBEDDED {
+            line.push(format!("--model {}", quoted(&self.location.model)));
+        }
+        for (folder, scale) in &self.lora {
+            let lora = format!("{}:{scale}", folder.display());
+            line.push(format!("--lora {}", quoted(&lora)));
+        }
+        if let PrecisionName::Bf16 = self.precision {
+            line.push("--precision bf16".to_owned());
+        }
+        line.join(" ")
     }
 
     fn with_loras(&self, mut builder: PipelineBuilder) -> anyhow::Result<PipelineBuilder> {
