@@ -11,6 +11,7 @@ mod outputs;
 mod post_train;
 mod progress;
 mod reproduce;
+mod serve;
 mod train;
 
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ struct Cli {
 enum Command {
     /// Make pictures from text
     Generate(Box<generate::GenerateArgs>),
+    /// Serve pictures over HTTP: OpenAI's and AUTOMATIC1111's APIs, and a page
+    Serve(Box<serve::ServeArgs>),
     /// Score a model on a benchmark
     Eval(EvalCommand),
     /// Train models
@@ -80,6 +83,7 @@ enum Model {
 pub(crate) fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
+        Command::Serve(args) => serve::run(*args),
         Command::Eval(EvalCommand {
             command: Eval::Shapes(args),
         }) => eval::run(&args),

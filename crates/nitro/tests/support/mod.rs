@@ -1,7 +1,9 @@
 //! What the tests of the command share: running it, and model folders to run it on.
 #![allow(dead_code)] // each test binary uses its part
 
+pub(crate) mod browser;
 pub(crate) mod hub_server;
+pub(crate) mod service;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -94,4 +96,10 @@ pub(crate) fn files_below(folder: &Path) -> Vec<PathBuf> {
         .collect();
     found.sort();
     found
+}
+
+/// Bytes of base64.
+pub(crate) fn base64(text: &str) -> Vec<u8> {
+    use base64::Engine as _;
+    base64::prelude::BASE64_STANDARD.decode(text).unwrap()
 }

@@ -1,0 +1,6 @@
+//! Bodies of `/sdapi/v1/txt2img` and `img2img`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|body: &[u8]| {
+    nitro_server::readers::a1111(body);
+});
