@@ -68,6 +68,9 @@ fn several_pictures_count_their_seeds_up() {
     let server = TestServer::start(options());
     let body = json!({"prompt": "a ring", "n": 3, "seed": 40, "num_inference_steps": 2});
     let answer = server.generate(&body).ok();
+    let api = server.get("/openapi.json").ok().json();
+    let path = "/v1/images/generations";
+    check_response(&api, "post", path, 200, &answer.json());
     let seeds: Vec<u64> = answer.json()["data"]
         .as_array()
         .unwrap()
