@@ -137,6 +137,9 @@ pub enum Precision {
     /// [`Isa::Avx512Bf16`] two products are computed per lane, at twice the f32 rate; every other
     /// instruction set multiplies the rounded values in f32, so results agree up to the order of sums.
     Bf16,
+    /// Linear layers with packed weights multiply 8-bit integers: each output channel of a weight and
+    /// each row of activations has its own scale. Every other product is computed as [`Self::Bf16`].
+    Int8,
 }
 
 /// Compiles `$body::<FUSED>` for each instruction set under the name `$name(isa, ...)`, so that plain
@@ -182,6 +185,7 @@ impl Precision {
         match self {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
         }
     }
 }

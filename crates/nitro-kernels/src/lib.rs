@@ -10,9 +10,11 @@ pub mod isa;
 pub mod mapped_file;
 pub mod norm;
 pub mod optim;
+pub mod packed;
 pub mod peak;
 pub mod pool;
 pub mod resample;
+pub mod transformer;
 
 mod math;
 mod parallel;

@@ -27,6 +27,17 @@ impl MappedFile {
         Ok(Self { map })
     }
 
+    /// Lets the system take back the pages that were read; they are read again when used again.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        // SAFETY: of a read-only map of a file this discards nothing: the next access finds the
+        // file's contents again.
+        let _ = unsafe {
+            self.map
+                .unchecked_advise(memmap2::UncheckedAdvice::DontNeed)
+        };
+    }
+
     /// The contents.
     pub fn as_bytes(&self) -> &[u8] {
         &self.map
@@ -47,6 +58,8 @@ mod tests {
         let other = dir.join("new");
         std::fs::write(&other, b"second version").unwrap();
         std::fs::rename(&other, &path).unwrap();
+        assert_eq!(map.as_bytes(), b"first");
+        map.release();
         assert_eq!(map.as_bytes(), b"first");
         assert_eq!(
             MappedFile::open(&path).unwrap().as_bytes(),

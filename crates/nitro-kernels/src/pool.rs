@@ -5,7 +5,7 @@
 //! are best run inside [`install`].
 
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The number of threads kernels called from here will use.
 pub fn num_threads() -> usize {
@@ -40,6 +40,74 @@ pub fn par_for(tasks: usize, f: impl Fn(usize) + Sync) {
         }
     };
     fan_out(workers, &work);
+}
+
+/// Several [`par_for`] one after the other for the price of one: calls `f(phase, 0)`, ...,
+/// `f(phase, counts[phase] - 1)` for every phase, no phase before the one before it is complete.
+///
+/// Tasks are taken in order, so a thread that waits for a phase waits only for tasks that other
+/// threads are already running: there is nothing to deadlock on, however few threads join in. Tasks
+/// must not share out work themselves: a thread could then wait for a task further down its own stack.
+pub fn par_phases(counts: &[usize], f: impl Fn(usize, usize) + Sync) {
+    let widest = counts.iter().copied().max().unwrap_or(0);
+    let workers = num_threads().min(widest);
+    if workers <= 1 {
+        for (phase, &count) in counts.iter().enumerate() {
+            (0..count).for_each(|task| f(phase, task));
+        }
+        return;
+    }
+    let next = AtomicUsize::new(0);
+    let done: Vec<AtomicUsize> = counts.iter().map(|_| AtomicUsize::new(0)).collect();
+    let failed = AtomicBool::new(false);
+    let work = || {
+        let (mut phase, mut start) = (0, 0);
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            while phase < counts.len() && i >= start + counts[phase] {
+                start += counts[phase];
+                phase += 1;
+                if !wait_for(&done[phase - 1], counts[phase - 1], &failed) {
+                    return;
+                }
+            }
+            if phase == counts.len() {
+                return;
+            }
+            let guard = OnUnwind(&failed);
+            f(phase, i - start);
+            std::mem::forget(guard);
+            done[phase].fetch_add(1, Ordering::Release);
+        }
+    };
+    fan_out(workers, &work);
+}
+
+/// Waits until `done` has reached `count`; false if a task panicked meanwhile.
+fn wait_for(done: &AtomicUsize, count: usize, failed: &AtomicBool) -> bool {
+    let mut spins = 0_u32;
+    while done.load(Ordering::Acquire) < count {
+        if failed.load(Ordering::Relaxed) {
+            return false;
+        }
+        spins += 1;
+        if spins < 20_000 {
+            std::hint::spin_loop();
+        } else {
+            // More threads than cores: let the one that works have this core.
+            std::thread::yield_now();
+        }
+    }
+    true
+}
+
+/// Tells the other threads that a task panicked, so that they do not wait for it.
+struct OnUnwind<'a>(&'a AtomicBool);
+
+impl Drop for OnUnwind<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Runs `work` `copies` times, in parallel where threads are free. A copy that starts late finds the
@@ -135,6 +203,31 @@ mod tests {
                     .all(|count| count.load(Ordering::Relaxed) == 1)
             );
         }
+    }
+
+    #[test]
+    fn a_phase_begins_when_the_one_before_is_complete() {
+        let counts = [7, 0, 300, 1, 64];
+        let done: Vec<AtomicUsize> = counts.iter().map(|_| AtomicUsize::new(0)).collect();
+        par_phases(&counts, |phase, task| {
+            assert!(task < counts[phase]);
+            for (earlier, count) in done.iter().zip(counts).take(phase) {
+                assert_eq!(earlier.load(Ordering::SeqCst), count);
+            }
+            done[phase].fetch_add(1, Ordering::SeqCst);
+        });
+        let done: Vec<usize> = done.iter().map(|d| d.load(Ordering::SeqCst)).collect();
+        assert_eq!(done, counts);
+    }
+
+    #[test]
+    fn a_panic_in_a_phase_reaches_the_caller() {
+        let result = std::panic::catch_unwind(|| {
+            par_phases(&[8, 8], |phase, task| {
+                assert!(phase == 1 || task != 3, "task 3 fails");
+            });
+        });
+        assert!(result.is_err());
     }
 
     #[test]

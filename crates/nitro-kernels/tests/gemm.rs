@@ -22,7 +22,7 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 fn rounded(x: f32, precision: Precision) -> f64 {
     match precision {
         Precision::F32 => f64::from(x),
-        Precision::Bf16 => half::bf16::from_f32(x).to_f64(),
+        Precision::Bf16 | Precision::Int8 => half::bf16::from_f32(x).to_f64(),
     }
 }
 

@@ -364,15 +364,9 @@ impl Block {
 
     /// `x [B, T, D]`.
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let d = x.dims()[2];
         let y = self.norm1.forward(x.clone());
-        // The fused layer's rows are q, k and v: three layers without copying their outputs apart.
-        let part = |i: usize| self.qkv.rows(i * d..(i + 1) * d).forward(y.clone());
-        let qkv = Qkv {
-            q: part(0),
-            k: part(1),
-            v: part(2),
-        };
+        let [q, k, v] = self.qkv.forward_split(&y);
+        let qkv = Qkv { q, k, v };
         let y = self.proj.forward(attention(qkv, self.attention, None));
         let x = add_scaled(x, &self.scale1, y);
         let y = self.up.forward(self.norm2.forward(x.clone()));

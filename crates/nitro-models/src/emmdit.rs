@@ -11,6 +11,7 @@ mod config;
 mod position;
 
 use burn::tensor::{Tensor, TensorData};
+use nitro_kernels::pool::install;
 use nitro_ops::{Activation, Precision, layer_norm_modulate, pixel_unshuffle, silu};
 
 pub use self::config::{Adaln, EmmditConfig, RepaConfig};
@@ -61,6 +62,8 @@ impl Emmdit {
             p.sub("pos_embed")
                 .buffer("pos_embed", [1, side * side, width], || table.whole())?;
         let grid = config.grid();
+        // What is outside the blocks costs little and is seen by all of them.
+        let outer = p.sensitive();
         let reinforced = TensorData::new(table.centre(grid, grid), [1, grid * grid, width]);
 
         let mut index = 0;
@@ -78,10 +81,10 @@ impl Emmdit {
         let groups = [group(0)?, group(1)?, group(2)?];
 
         let compression = |width| -> Result<_, WeightError> {
-            let compressor = Compressor::new(&p.sub("tokencompressor.0.0"), width)?;
+            let compressor = Compressor::new(&outer.sub("tokencompressor.0.0"), width)?;
             Ok((
                 compressor,
-                Reconstructor::new(&p.sub("tokenreconstructor.0.0"), width)?,
+                Reconstructor::new(&outer.sub("tokenreconstructor.0.0"), width)?,
             ))
         };
         let projector = |(i, z): (usize, &usize), hidden: usize| -> Result<_, WeightError> {
@@ -106,7 +109,7 @@ impl Emmdit {
 
         Ok(Self {
             patch_embed: Linear::patches(
-                &p.sub("pos_embed.proj"),
+                &outer.sub("pos_embed.proj"),
                 config.in_channels,
                 width,
                 patch,
@@ -114,14 +117,18 @@ impl Emmdit {
             positions: positions.reshape([side, side, width]),
             reinforced: Tensor::from_data(reinforced, p.device()),
             time: TimeEmbedding::new(&p.sub("adaln_single"), width)?,
-            text_embed: Linear::new(&p.sub("context_embedder"), config.caption_channels, width)?,
+            text_embed: Linear::new(
+                &outer.sub("context_embedder"),
+                config.caption_channels,
+                width,
+            )?,
             groups,
             compression: config
                 .token_compression
                 .then(|| compression(width))
                 .transpose()?,
             proj_out: Linear::new(
-                &p.sub("proj_out"),
+                &outer.sub("proj_out"),
                 width,
                 patch * patch * config.out_channels,
             )?,
@@ -143,7 +150,8 @@ impl Emmdit {
         text: Tensor<3>,
         times: &[f32],
     ) -> Result<Tensor<4>, InputError> {
-        self.forward_observed(latents, text, times, None)
+        // On a thread of the pool, the kernels need no hand-over each.
+        install(|| self.forward_observed(latents, text, times, None))
     }
 
     /// [`forward`](Self::forward), showing intermediate results to `observer`.

@@ -1,27 +1,37 @@
 //! Layers shared by the models, under PyTorch's names and shapes.
 
-use burn::tensor::{Device, Tensor};
-use nitro_ops::{Activation, ConvGeometry, Precision, activate, conv2d, linear, rms_norm};
+use std::sync::Arc;
 
-use crate::{Init, LowRank, Params, WeightError};
+use burn::tensor::{Device, Tensor};
+use nitro_ops::{
+    Activation, ConvGeometry, PackedLinear, Precision, Rows, activate, conv2d, linear,
+    linear_packed, rms_norm,
+};
+
+use crate::{Elements, Init, LowRank, Params, WeightError};
 
 /// `torch.nn.Linear`: `weight [out, in]`, `bias [out]`, and the low-rank updates beside the weight.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Tensor<2>,
-    bias: Option<Tensor<1>>,
+    weight: Weight,
     adapters: Vec<LowRank>,
     precision: Precision,
+    device: Device,
+}
+
+/// A linear layer's weight and bias.
+#[derive(Clone, Debug)]
+enum Weight {
+    /// For training, and for every device: `[out, in]` and `[out]`.
+    Plain(Box<(Tensor<2>, Option<Tensor<1>>)>),
+    /// For inference on the CPU.
+    Packed(Arc<PackedLinear>),
 }
 
 impl Linear {
     /// With a bias.
     pub fn new(p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Self, WeightError> {
-        let bias = p.tensor("bias", [outputs], fan_in_init(inputs))?;
-        Ok(Self {
-            bias: Some(bias),
-            ..Self::without_bias(p, inputs, outputs)?
-        })
+        Self::build(std::slice::from_ref(p), &[outputs], &[inputs], true)
     }
 
     /// Without a bias.
@@ -30,13 +40,7 @@ impl Linear {
         inputs: usize,
         outputs: usize,
     ) -> Result<Self, WeightError> {
-        let weight = p.tensor("weight", [outputs, inputs], fan_in_init(inputs))?;
-        Ok(Self {
-            weight,
-            bias: None,
-            adapters: p.low_rank("weight"),
-            precision: p.precision(),
-        })
+        Self::build(std::slice::from_ref(p), &[outputs], &[inputs], false)
     }
 
     /// A 1x1 `torch.nn.Conv2d`, weight `[out, in, 1, 1]`: over channel-last images, a linear layer.
@@ -46,17 +50,7 @@ impl Linear {
         outputs: usize,
         bias: bool,
     ) -> Result<Self, WeightError> {
-        let init = fan_in_init(inputs);
-        let weight = p.tensor("weight", [outputs, inputs, 1, 1], init)?;
-        let bias = bias
-            .then(|| p.tensor("bias", [outputs], init))
-            .transpose()?;
-        Ok(Self {
-            weight: weight.reshape([outputs, inputs]),
-            bias,
-            adapters: Vec::new(),
-            precision: p.precision(),
-        })
+        Self::build(std::slice::from_ref(p), &[outputs], &[inputs, 1, 1], bias)
     }
 
     /// A `torch.nn.Conv2d` whose stride is its kernel size, weight `[out, in, patch, patch]`: over
@@ -67,16 +61,8 @@ impl Linear {
         outputs: usize,
         patch: usize,
     ) -> Result<Self, WeightError> {
-        let fan_in = inputs * patch * patch;
-        let init = fan_in_init(fan_in);
-        let weight = p.tensor("weight", [outputs, inputs, patch, patch], init)?;
-        let bias = Some(p.tensor("bias", [outputs], init)?);
-        Ok(Self {
-            weight: weight.reshape([outputs, fan_in]),
-            bias,
-            adapters: Vec::new(),
-            precision: p.precision(),
-        })
+        let shape = [inputs, patch, patch];
+        Self::build(std::slice::from_ref(p), &[outputs], &shape, true)
     }
 
     /// Several layers without bias over the same input as one product: their outputs, `outputs`
@@ -87,37 +73,122 @@ impl Linear {
         inputs: usize,
         outputs: usize,
     ) -> Result<Self, WeightError> {
-        let weights = names.iter().map(|name| {
-            p.sub(name)
-                .tensor::<2>("weight", [outputs, inputs], fan_in_init(inputs))
-        });
-        let weight = Tensor::cat(weights.collect::<Result<Vec<_>, _>>()?, 0);
+        let parts: Vec<Params<'_>> = names.iter().map(|name| p.sub(name)).collect();
+        Self::build(&parts, &vec![outputs; names.len()], &[inputs], false)
+    }
+
+    /// The layers at `parts`, of `outputs` each, as one; `shape` is a weight's shape after its
+    /// outputs.
+    fn build(
+        parts: &[Params<'_>],
+        outputs: &[usize],
+        shape: &[usize],
+        bias: bool,
+    ) -> Result<Self, WeightError> {
+        let inputs: usize = shape.iter().product();
+        let init = fan_in_init(inputs);
+        let parts: Vec<(&Params<'_>, usize)> = parts.iter().zip(outputs.iter().copied()).collect();
+        let first = parts[0].0;
+        let full = |outputs: usize| [&[outputs], shape].concat();
+        // A single layer may have updates beside its weight, which then stays plain.
+        let adapters = match parts.as_slice() {
+            [(p, _)] => p.low_rank("weight"),
+            _ => Vec::new(),
+        };
+        let weight = if first.packs() && adapters.is_empty() {
+            let elements = parts
+                .iter()
+                .map(|(p, outputs)| p.elements("weight", &full(*outputs), init));
+            let elements = elements.collect::<Result<Vec<_>, _>>()?;
+            let rows = elements
+                .iter()
+                .zip(&parts)
+                .map(|(elements, (_, outputs))| match elements {
+                    Elements::Stored(bytes, element) => {
+                        Rows::new(bytes, *element, *outputs, inputs)
+                    }
+                    Elements::Values(values) => Rows::from_f32(values, *outputs, inputs),
+                });
+            let mut biases = Vec::new();
+            for (p, outputs) in parts.iter().filter(|_| bias) {
+                match p.elements("bias", &[*outputs], init)? {
+                    Elements::Values(values) => biases.extend(values),
+                    Elements::Stored(bytes, element) => {
+                        let mut values = vec![0.0; *outputs];
+                        let row = Rows::new(bytes, element, 1, *outputs);
+                        row.map_err(|e| misshapen(p, &e))?.read(0, &mut values);
+                        biases.extend(values);
+                    }
+                }
+            }
+            let packed = rows
+                .collect::<Result<Vec<_>, _>>()
+                .and_then(|rows| {
+                    PackedLinear::new(&rows, bias.then_some(biases), first.precision())
+                })
+                .map_err(|error| misshapen(first, &error))?;
+            Weight::Packed(Arc::new(packed))
+        } else {
+            let weights = parts.iter().map(|(p, outputs)| {
+                let flat = p.flat("weight", &full(*outputs), init)?;
+                Ok(flat.reshape([*outputs, inputs]))
+            });
+            let weights = weights.collect::<Result<Vec<Tensor<2>>, WeightError>>()?;
+            let biases = parts
+                .iter()
+                .filter(|_| bias)
+                .map(|(p, outputs)| p.tensor("bias", [*outputs], init));
+            let biases = biases.collect::<Result<Vec<Tensor<1>>, _>>()?;
+            Weight::Plain(Box::new((joined(weights), bias.then(|| joined(biases)))))
+        };
         Ok(Self {
             weight,
-            bias: None,
-            adapters: Vec::new(),
-            precision: p.precision(),
+            adapters,
+            precision: first.precision(),
+            device: first.device().clone(),
         })
     }
 
-    /// The layer of some of the outputs.
-    pub fn rows(&self, outputs: std::ops::Range<usize>) -> Self {
-        let bias = self.bias.clone();
-        let adapters = self.adapters.iter().map(|adapter| LowRank {
-            up: adapter.up.clone().slice_dim(0, outputs.clone()),
-            ..adapter.clone()
-        });
-        Self {
-            weight: self.weight.clone().slice_dim(0, outputs.clone()),
-            adapters: adapters.collect(),
-            bias: bias.map(|bias| bias.slice_dim(0, outputs)),
-            precision: self.precision,
+    /// The outputs for `x [b, t, in]` in `N` equal parts: those of a fused `qkv` layer, for example.
+    pub fn forward_split<const N: usize>(&self, x: &Tensor<3>) -> [Tensor<3>; N] {
+        match &self.weight {
+            // As many layers: their outputs need not be copied apart.
+            Weight::Plain(plain) if self.adapters.is_empty() => {
+                let (weight, bias) = &**plain;
+                let width = weight.dims()[0] / N;
+                std::array::from_fn(|i| {
+                    let rows = i * width..(i + 1) * width;
+                    let weight = weight.clone().slice_dim(0, rows.clone());
+                    let bias = bias.clone().map(|bias| bias.slice_dim(0, rows));
+                    let activation = Activation::None;
+                    linear(
+                        x.clone(),
+                        &weight,
+                        bias.as_ref(),
+                        activation,
+                        self.precision,
+                    )
+                })
+            }
+            _ => {
+                let y = self.forward(x.clone());
+                let width = y.dims()[2] / N;
+                cut(y, [width; N])
+            }
         }
     }
 
     /// Where the weights are.
     pub fn device(&self) -> Device {
-        self.weight.device()
+        self.device.clone()
+    }
+
+    /// The packed weights of a model for inference.
+    pub fn packed(&self) -> Option<&PackedLinear> {
+        match &self.weight {
+            Weight::Packed(packed) => Some(packed),
+            Weight::Plain(..) => None,
+        }
     }
 
     /// `x [.., in] -> [.., out]`.
@@ -127,17 +198,95 @@ impl Linear {
 
     /// `activation(linear(x))` in one pass.
     pub fn forward_with<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
-        let bias = self.bias.as_ref();
+        let (weight, bias) = match &self.weight {
+            Weight::Plain(plain) => (&plain.0, plain.1.as_ref()),
+            Weight::Packed(packed) => return linear_packed(x, packed, activation),
+        };
         if self.adapters.is_empty() {
-            return linear(x, &self.weight, bias, activation, self.precision);
+            return linear(x, weight, bias, activation, self.precision);
         }
         let product = |x, weight, bias| linear(x, weight, bias, Activation::None, self.precision);
-        let y = product(x.clone(), &self.weight, bias);
+        let y = product(x.clone(), weight, bias);
         let y = self.adapters.iter().fold(y, |y, adapter| {
             let low = product(x.clone(), &adapter.down, None); // [.., rank]
             y + product(low, &adapter.up, None) * adapter.scale
         });
         activate(activation, y)
+    }
+}
+
+/// The channels of `y` in parts of these widths.
+fn cut<const N: usize>(y: Tensor<3>, widths: [usize; N]) -> [Tensor<3>; N] {
+    let mut at = 0;
+    widths.map(|width| {
+        at += width;
+        y.clone().slice_dim(2, at - width..at)
+    })
+}
+
+/// The tensors one after the other; a single one as it is.
+fn joined<const D: usize>(mut tensors: Vec<Tensor<D>>) -> Tensor<D> {
+    match tensors.len() {
+        1 => tensors.remove(0),
+        _ => Tensor::cat(tensors, 0),
+    }
+}
+
+/// Elements that are not as long as their shape: the source contradicts itself.
+fn misshapen(p: &Params<'_>, error: &dyn std::fmt::Display) -> WeightError {
+    WeightError::Config {
+        origin: p.name("weight"),
+        reason: error.to_string(),
+    }
+}
+
+/// `N` linear layers over the same input: apart for training, one product for inference.
+#[derive(Clone, Debug)]
+pub enum Fan<const N: usize> {
+    /// A layer each.
+    Apart(Box<[Linear; N]>),
+    /// One layer, whose outputs are cut into these widths.
+    Stacked(Box<Linear>, [usize; N]),
+}
+
+impl<const N: usize> Fan<N> {
+    /// The layers at `parts`, of `outputs` each.
+    pub fn new(
+        parts: [Params<'_>; N],
+        inputs: usize,
+        outputs: [usize; N],
+        bias: bool,
+    ) -> Result<Self, WeightError> {
+        let stacks = |p: &Params<'_>| p.packs() && p.low_rank("weight").is_empty();
+        if parts.iter().all(stacks) {
+            let stacked = Linear::build(&parts, &outputs, &[inputs], bias)?;
+            return Ok(Self::Stacked(Box::new(stacked), outputs));
+        }
+        let mut layers = Vec::with_capacity(N);
+        for (part, outputs) in parts.iter().zip(outputs) {
+            let part = std::slice::from_ref(part);
+            layers.push(Linear::build(part, &[outputs], &[inputs], bias)?);
+        }
+        match <Box<[Linear; N]>>::try_from(layers.into_boxed_slice()) {
+            Ok(layers) => Ok(Self::Apart(layers)),
+            Err(_) => unreachable!("one layer was made for each of N parts"),
+        }
+    }
+
+    /// The output of each layer, `x [b, t, in] -> [b, t, out]`.
+    pub fn forward(&self, x: &Tensor<3>) -> [Tensor<3>; N] {
+        match self {
+            Self::Apart(layers) => layers.each_ref().map(|layer| layer.forward(x.clone())),
+            Self::Stacked(layer, widths) => cut(layer.forward(x.clone()), *widths),
+        }
+    }
+
+    /// The packed weights of all layers.
+    pub fn packed(&self) -> Option<&PackedLinear> {
+        match self {
+            Self::Stacked(layer, _) => layer.packed(),
+            Self::Apart(_) => None,
+        }
     }
 }
 
@@ -251,6 +400,16 @@ impl RmsNorm {
             bias: Some(bias),
             ..Self::new(p, width, eps)?
         })
+    }
+
+    /// What is added to the mean square.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
+    /// `weight [width]`.
+    pub fn weight(&self) -> &Tensor<1> {
+        &self.weight
     }
 
     /// Normalises each run of `width` channels of the last dimension.

@@ -18,7 +18,7 @@ pub use formula::FormulaWeights;
 pub use lora::{
     Adapted, LiveAdapter, LoraAdapter, LoraLayer, LoraSpec, Merged, save_comfy, save_peft,
 };
-pub use params::{Init, LowRank, ParameterSource, ParameterSpec, Params};
+pub use params::{Elements, Init, LowRank, ParameterSource, ParameterSpec, Params};
 pub use random::RandomInit;
 pub use tensor_map::TensorMap;
-pub use weights::{DType, WeightFiles, save_safetensors};
+pub use weights::{DType, StoredTable, WeightFiles, save_safetensors};

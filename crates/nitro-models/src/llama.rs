@@ -5,16 +5,23 @@
 //! computes them: position `i` sees the tokens `j <= i` that are not padding.
 
 mod config;
+mod embedding;
 mod rotary;
 
-use burn::tensor::module::embedding;
+use std::sync::Arc;
+
 use burn::tensor::{Bool, Int, Tensor};
-use nitro_ops::{AttentionShape, Precision, Qkv, attention, linear, silu_gated};
+use nitro_kernels::pool::install;
+use nitro_ops::{
+    Activation, AttentionShape, NormKind, PackedBlock, PackedStream, PackedTail, Precision, Qkv,
+    attention, mask_values, packed_block, silu_gated,
+};
 
 pub use config::{LlamaConfig, RopeScaling};
 
-use crate::layers::{Linear, RmsNorm};
-use crate::{Init, InputError, Params, WeightError};
+use crate::layers::{Fan, Linear, RmsNorm};
+use crate::{InputError, Params, WeightError};
+use embedding::TokenTable;
 use rotary::Rotary;
 
 /// Receives intermediate results: `layer_out.i`, and `hidden_states.i` as Hugging Face numbers them
@@ -24,10 +31,10 @@ pub type Observer<'a> = &'a mut dyn FnMut(&str, Tensor<3>);
 /// The decoder, without or with its language-model head.
 #[derive(Clone, Debug)]
 pub struct Llama {
-    embed_tokens: Tensor<2>, // [vocabulary, hidden]
+    embed_tokens: TokenTable, // [vocabulary, hidden]
     layers: Vec<Layer>,
     norm: RmsNorm,
-    lm_head: Option<Tensor<2>>, // [vocabulary, hidden]; the embeddings where they are tied
+    lm_head: Option<TokenTable>, // [vocabulary, hidden]; the embeddings where they are tied
     inverse_frequencies: Vec<f32>,
     head_dim: usize,
     precision: Precision,
@@ -41,21 +48,13 @@ impl Llama {
         let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
         let bare = p.contains("embed_tokens.weight");
         let model = if bare { p.clone() } else { p.sub("model") };
-        let init = Init::Normal(0.02);
-        let embed_tokens =
-            model
-                .sub("embed_tokens")
-                .tensor("weight", [vocabulary, hidden], init)?;
+        let embed_tokens = TokenTable::new(&model.sub("embed_tokens"), vocabulary, hidden)?;
         let layers = (0..config.num_hidden_layers)
             .map(|i| Layer::new(&model.sub("layers").sub(i), config))
             .collect::<Result<Vec<_>, _>>()?;
         let lm_head = match (config.tie_word_embeddings, bare) {
             (true, _) => Some(embed_tokens.clone()),
-            (false, false) => Some(p.sub("lm_head").tensor(
-                "weight",
-                [vocabulary, hidden],
-                init,
-            )?),
+            (false, false) => Some(TokenTable::new(&p.sub("lm_head"), vocabulary, hidden)?),
             (false, true) => None,
         };
         Ok(Self {
@@ -76,7 +75,8 @@ impl Llama {
         ids: Tensor<2, Int>,
         mask: Tensor<2, Bool>,
     ) -> Result<Tensor<3>, InputError> {
-        self.forward_observed(ids, mask, &mut |_, _| {})
+        // On a thread of the pool, the kernels need no hand-over each.
+        install(|| self.forward_observed(ids, mask, &mut |_, _| {}))
     }
 
     /// [`Llama::forward`], showing intermediate results.
@@ -99,10 +99,11 @@ impl Llama {
             self.head_dim,
             &mask.device(),
         );
-        let mut x = embedding(self.embed_tokens.clone(), ids); // [b, t, hidden]
+        let mut x = self.embed_tokens.rows(ids)?; // [b, t, hidden]
+        let seen = Seen::new(mask);
         for (i, layer) in self.layers.iter().enumerate() {
             observe(&format!("hidden_states.{i}"), x.clone());
-            x = layer.forward(x, &rotary, mask.clone());
+            x = layer.forward(x, &rotary, &seen);
             observe(&format!("layer_out.{i}"), x.clone());
         }
         let x = self.norm.forward(x);
@@ -118,13 +119,22 @@ impl Llama {
             reason: "these weights have no lm_head.weight; logits need a LlamaForCausalLM file"
                 .into(),
         })?;
-        Ok(linear(
-            hidden,
-            head,
-            None,
-            Default::default(),
-            self.precision,
-        ))
+        Ok(head.logits(hidden, self.precision))
+    }
+}
+
+/// Which keys may be seen, as a tensor and as plain values.
+struct Seen {
+    mask: Tensor<2, Bool>,
+    values: Arc<[bool]>,
+}
+
+impl Seen {
+    fn new(mask: Tensor<2, Bool>) -> Self {
+        Self {
+            values: mask_values(mask.clone()),
+            mask,
+        }
     }
 }
 
@@ -148,20 +158,53 @@ impl Layer {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, rotary: &Rotary, mask: Tensor<2, Bool>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, rotary: &Rotary, seen: &Seen) -> Tensor<3> {
+        if let Some(x) = self.forward_packed(&x, rotary, seen) {
+            return x;
+        }
         let y = self.input_layernorm.forward(x.clone());
-        let x = x + self.self_attn.forward(y, rotary, mask);
+        let x = x + self.self_attn.forward(y, rotary, seen.mask.clone());
         let y = self.post_attention_layernorm.forward(x.clone());
         x + self.mlp.forward(y)
+    }
+
+    /// [`forward`](Self::forward) as one operation, where the weights are packed.
+    fn forward_packed(&self, x: &Tensor<3>, rotary: &Rotary, seen: &Seen) -> Option<Tensor<3>> {
+        let block = PackedBlock {
+            attention: self.self_attn.shape,
+            head_dim: rotary.head_dim(),
+            norm: NormKind::Rms,
+            eps: [
+                self.input_layernorm.eps(),
+                self.post_attention_layernorm.eps(),
+            ],
+            head_eps: 0.0,
+            activation: Activation::Silu,
+            rotary: Some(rotary.tables()),
+            key_mask: Some(seen.values.clone()),
+        };
+        let stream = PackedStream {
+            x: x.clone(),
+            norm1: [Some(self.input_layernorm.weight()), None],
+            modulation: None,
+            qkv: self.self_attn.qkv.packed()?,
+            head_norms: None,
+            tail: Some(PackedTail {
+                out: self.self_attn.o_proj.packed()?,
+                norm2: Some(self.post_attention_layernorm.weight()),
+                up: self.mlp.up_proj.packed()?,
+                gate: Some(self.mlp.gate_proj.packed()?),
+                down: self.mlp.down_proj.packed()?,
+            }),
+        };
+        packed_block(&block, vec![stream]).pop()
     }
 }
 
 /// Causal grouped-query attention.
 #[derive(Clone, Debug)]
 struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    qkv: Fan<3>,
     o_proj: Linear,
     shape: AttentionShape,
 }
@@ -171,13 +214,11 @@ impl Attention {
         let hidden = config.hidden_size;
         let (heads, kv_heads) = (config.num_attention_heads, config.kv_heads());
         let (width, kv_width) = (heads * config.head_dim(), kv_heads * config.head_dim());
-        let project =
-            |name: &str, i: usize, o: usize| dense(&p.sub(name), i, o, config.attention_bias);
+        let names = ["q_proj", "k_proj", "v_proj"].map(|name| p.sub(name));
+        let widths = [width, kv_width, kv_width];
         Ok(Self {
-            q_proj: project("q_proj", hidden, width)?,
-            k_proj: project("k_proj", hidden, kv_width)?,
-            v_proj: project("v_proj", hidden, kv_width)?,
-            o_proj: project("o_proj", width, hidden)?,
+            qkv: Fan::new(names, hidden, widths, config.attention_bias)?,
+            o_proj: dense(&p.sub("o_proj"), width, hidden, config.attention_bias)?,
             shape: AttentionShape {
                 kv_heads,
                 causal: true,
@@ -187,9 +228,9 @@ impl Attention {
     }
 
     fn forward(&self, x: Tensor<3>, rotary: &Rotary, mask: Tensor<2, Bool>) -> Tensor<3> {
-        let q = rotary.apply(self.q_proj.forward(x.clone())); // [b, t, heads head_dim]
-        let k = rotary.apply(self.k_proj.forward(x.clone())); // [b, t, kv_heads head_dim]
-        let v = self.v_proj.forward(x);
+        let [q, k, v] = self.qkv.forward(&x);
+        let q = rotary.apply(q); // [b, t, heads head_dim]
+        let k = rotary.apply(k); // [b, t, kv_heads head_dim]
         self.o_proj
             .forward(attention(Qkv { q, k, v }, self.shape, Some(mask)))
     }

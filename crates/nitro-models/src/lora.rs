@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 pub use self::live::{Adapted, LiveAdapter};
 pub use self::save::{LoraLayer, LoraSpec, save_comfy, save_peft};
 
-use crate::{ParameterSource, ParameterSpec, WeightError, WeightFiles};
+use crate::{Elements, ParameterSource, ParameterSpec, StoredTable, WeightError, WeightFiles};
 
 /// What PEFT puts before the model's own names.
 const PREFIX: &str = "base_model.model.";
@@ -229,6 +229,12 @@ impl<'a> Merged<'a> {
         }
         Ok(Self { base, adapters })
     }
+
+    /// Whether an adapter changes the weight of this name.
+    fn changes(&self, name: &str) -> bool {
+        let mut adapters = self.adapters.iter();
+        adapters.any(|(adapter, _)| adapter.updates.contains_key(name))
+    }
 }
 
 impl ParameterSource for Merged<'_> {
@@ -278,5 +284,27 @@ impl ParameterSource for Merged<'_> {
 
     fn contains(&self, name: &str) -> bool {
         self.base.contains(name)
+    }
+
+    fn elements(&self, spec: &ParameterSpec) -> Result<Elements<'_>, WeightError> {
+        if !self.changes(&spec.name) {
+            return self.base.elements(spec);
+        }
+        let merged = self.parameter(spec, &Device::flex())?;
+        let values = merged.into_data().try_into_vec::<f32>();
+        values
+            .map(Elements::Values)
+            .map_err(|error| WeightError::Dtype {
+                origin: "weights with a merged adapter".to_owned(),
+                name: spec.name.clone(),
+                found: format!("{error:?}"),
+            })
+    }
+
+    fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
+        if self.changes(&spec.name) {
+            return Ok(None);
+        }
+        self.base.table(spec)
     }
 }

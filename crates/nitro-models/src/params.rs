@@ -7,9 +7,9 @@
 use std::fmt;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use nitro_ops::Precision;
+use nitro_ops::{ElementType, Precision, can_pack};
 
-use crate::WeightError;
+use crate::{StoredTable, WeightError};
 
 /// How a parameter starts when it is not loaded.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,6 +60,34 @@ pub trait ParameterSource {
     fn low_rank(&self, _name: &str) -> Vec<LowRank> {
         Vec::new()
     }
+
+    /// The parameter's elements as the source holds them, for packing without a copy in between.
+    fn elements(&self, spec: &ParameterSpec) -> Result<Elements<'_>, WeightError> {
+        let tensor = self.parameter(spec, &Device::flex())?;
+        let values = tensor.into_data().try_into_vec::<f32>();
+        values
+            .map(Elements::Values)
+            .map_err(|error| WeightError::Dtype {
+                origin: "the parameter source".to_owned(),
+                name: spec.name.clone(),
+                found: format!("{error:?}"),
+            })
+    }
+
+    /// A matrix that stays where the source has it, to be read by rows; `None` where the source
+    /// cannot keep it for that long.
+    fn table(&self, _: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
+        Ok(None)
+    }
+}
+
+/// The elements of a parameter in row-major order.
+#[derive(Clone, Debug)]
+pub enum Elements<'a> {
+    /// As in a file.
+    Stored(&'a [u8], ElementType),
+    /// Made for the purpose.
+    Values(Vec<f32>),
 }
 
 /// A low-rank update of a linear layer that is not merged into its weight: the layer gives
@@ -81,6 +109,7 @@ pub struct Params<'a> {
     prefix: String,
     device: Device,
     precision: Precision,
+    packs: bool,
 }
 
 impl fmt::Debug for Params<'_> {
@@ -99,6 +128,30 @@ impl<'a> Params<'a> {
             prefix: String::new(),
             device: device.clone(),
             precision,
+            packs: false,
+        }
+    }
+
+    /// The same position, for a model that will only be run: on the CPU, the weights of its linear
+    /// layers are packed once, straight from the source, and kept in that form alone.
+    pub fn for_inference(&self) -> Self {
+        Self {
+            packs: can_pack(&self.device),
+            ..self.clone()
+        }
+    }
+
+    /// Whether linear layers keep packed weights.
+    pub fn packs(&self) -> bool {
+        self.packs
+    }
+
+    /// The same position for layers that few products pass through and much depends on: never in
+    /// integers.
+    pub fn sensitive(&self) -> Self {
+        match self.precision {
+            Precision::Int8 => self.with_precision(Precision::Bf16),
+            Precision::F32 | Precision::Bf16 => self.clone(),
         }
     }
 
@@ -173,6 +226,37 @@ impl<'a> Params<'a> {
         }
     }
 
+    /// The trainable parameter `leaf` of any shape, flattened.
+    pub(crate) fn flat(
+        &self,
+        leaf: &str,
+        shape: &[usize],
+        init: Init,
+    ) -> Result<Tensor<1>, WeightError> {
+        let spec = self.spec(leaf, shape, init, true);
+        self.source.parameter(&spec, &self.device)
+    }
+
+    /// The elements of the trainable parameter `leaf`, for packing.
+    pub(crate) fn elements(
+        &self,
+        leaf: &str,
+        shape: &[usize],
+        init: Init,
+    ) -> Result<Elements<'a>, WeightError> {
+        self.source.elements(&self.spec(leaf, shape, init, true))
+    }
+
+    /// The matrix `leaf` where the source has it, if it can stay there.
+    pub(crate) fn table(
+        &self,
+        leaf: &str,
+        shape: [usize; 2],
+    ) -> Result<Option<StoredTable>, WeightError> {
+        self.source
+            .table(&self.spec(leaf, &shape, Init::Zeros, true))
+    }
+
     fn get<const D: usize>(
         &self,
         leaf: &str,
@@ -180,12 +264,16 @@ impl<'a> Params<'a> {
         init: Init,
         trainable: bool,
     ) -> Result<Tensor<D>, WeightError> {
-        let spec = ParameterSpec {
+        let spec = self.spec(leaf, &shape, init, trainable);
+        Ok(self.source.parameter(&spec, &self.device)?.reshape(shape))
+    }
+
+    fn spec(&self, leaf: &str, shape: &[usize], init: Init, trainable: bool) -> ParameterSpec {
+        ParameterSpec {
             name: self.name(leaf),
             shape: shape.to_vec(),
             init,
             trainable,
-        };
-        Ok(self.source.parameter(&spec, &self.device)?.reshape(shape))
+        }
     }
 }

@@ -4,16 +4,17 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
 use nitro_files::write_whole;
 use nitro_kernels::mapped_file::MappedFile;
+use nitro_ops::{ElementType, Rows};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
-use crate::{ParameterSource, ParameterSpec, WeightError};
+use crate::{Elements, ParameterSource, ParameterSpec, WeightError};
 
 /// Float formats of stored tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +35,7 @@ pub enum DType {
 #[derive(Debug)]
 pub struct WeightFiles {
     origin: String,
-    files: Vec<Mapped>,
+    files: Vec<Arc<Mapped>>,
     tensors: BTreeMap<String, Stored>,
     metadata: HashMap<String, String>,
     used: Mutex<BTreeSet<String>>,
@@ -128,10 +129,10 @@ impl WeightFiles {
         }
         self.metadata
             .extend(metadata.metadata().clone().unwrap_or_default());
-        self.files.push(Mapped {
+        self.files.push(Arc::new(Mapped {
             path: path.to_owned(),
             bytes,
-        });
+        }));
         Ok(())
     }
 
@@ -158,7 +159,7 @@ impl WeightFiles {
     /// A tensor's shape, and its elements as `f32`.
     pub fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), WeightError> {
         let stored = self.find(name, &[])?;
-        Ok((stored.shape.clone(), self.elements(name, stored)?))
+        Ok((stored.shape.clone(), self.values(name, stored)?))
     }
 
     /// Fails if a tensor was never asked for whose name contains none of `ignored`: a checkpoint
@@ -197,35 +198,29 @@ impl WeightFiles {
         Ok(stored)
     }
 
-    fn elements(&self, name: &str, stored: &Stored) -> Result<Vec<f32>, WeightError> {
-        let file = &self.files[stored.file];
-        let bytes = &file.bytes.as_bytes()[stored.range.clone()];
-        Ok(match stored.dtype {
-            Dtype::F32 => bytes
+    fn values(&self, name: &str, stored: &Stored) -> Result<Vec<f32>, WeightError> {
+        let element = self.element_type(name, stored)?;
+        let bytes = &self.files[stored.file].bytes.as_bytes()[stored.range.clone()];
+        Ok(match element {
+            ElementType::F32 => bytes
                 .chunks_exact(4)
                 .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
                 .collect(),
-            Dtype::F16 => bytes
+            ElementType::F16 => bytes
                 .chunks_exact(2)
                 .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
                 .collect(),
-            Dtype::BF16 => bytes
+            ElementType::Bf16 => bytes
                 .chunks_exact(2)
                 .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
                 .collect(),
-            other => {
-                return Err(WeightError::Dtype {
-                    origin: file.path.display().to_string(),
-                    name: name.to_owned(),
-                    found: other.to_string(),
-                });
-            }
         })
     }
 }
 
-impl ParameterSource for WeightFiles {
-    fn parameter(&self, spec: &ParameterSpec, device: &Device) -> Result<Tensor<1>, WeightError> {
+impl WeightFiles {
+    /// The tensor that `spec` asks for, which must have its shape.
+    fn find_like(&self, spec: &ParameterSpec) -> Result<&Stored, WeightError> {
         let stored = self.find(&spec.name, &spec.shape)?;
         if stored.shape != spec.shape {
             return Err(WeightError::Shape {
@@ -235,7 +230,41 @@ impl ParameterSource for WeightFiles {
                 found: stored.shape.clone(),
             });
         }
-        let elements = self.elements(&spec.name, stored)?;
+        Ok(stored)
+    }
+
+    fn element_type(&self, name: &str, stored: &Stored) -> Result<ElementType, WeightError> {
+        Ok(match stored.dtype {
+            Dtype::F32 => ElementType::F32,
+            Dtype::F16 => ElementType::F16,
+            Dtype::BF16 => ElementType::Bf16,
+            other => {
+                return Err(WeightError::Dtype {
+                    origin: self.files[stored.file].path.display().to_string(),
+                    name: name.to_owned(),
+                    found: other.to_string(),
+                });
+            }
+        })
+    }
+}
+
+impl Drop for WeightFiles {
+    fn drop(&mut self) {
+        // A table keeps its file mapped; the pages that were read for other tensors are not needed
+        // any more.
+        for file in &self.files {
+            if let (true, Bytes::Mapped(map)) = (Arc::strong_count(file) > 1, &file.bytes) {
+                map.release();
+            }
+        }
+    }
+}
+
+impl ParameterSource for WeightFiles {
+    fn parameter(&self, spec: &ParameterSpec, device: &Device) -> Result<Tensor<1>, WeightError> {
+        let stored = self.find_like(spec)?;
+        let elements = self.values(&spec.name, stored)?;
         let count = elements.len();
         Ok(Tensor::from_data(
             TensorData::new(elements, [count]),
@@ -245,6 +274,61 @@ impl ParameterSource for WeightFiles {
 
     fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    fn elements(&self, spec: &ParameterSpec) -> Result<Elements<'_>, WeightError> {
+        let stored = self.find_like(spec)?;
+        let element = self.element_type(&spec.name, stored)?;
+        let bytes = &self.files[stored.file].bytes.as_bytes()[stored.range.clone()];
+        Ok(Elements::Stored(bytes, element))
+    }
+
+    fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
+        let stored = self.find_like(spec)?;
+        let [rows, columns] = *spec.shape.as_slice() else {
+            return Ok(None);
+        };
+        Ok(Some(StoredTable {
+            element: self.element_type(&spec.name, stored)?,
+            file: self.files[stored.file].clone(),
+            range: stored.range.clone(),
+            rows,
+            columns,
+        }))
+    }
+}
+
+/// A matrix inside a weight file, read by rows: a table of token embeddings, of which a prompt needs
+/// a few rows and never the half gigabyte that it is.
+#[derive(Clone, Debug)]
+pub struct StoredTable {
+    file: Arc<Mapped>,
+    range: std::ops::Range<usize>,
+    element: ElementType,
+    rows: usize,
+    columns: usize,
+}
+
+impl StoredTable {
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Row `row` as `f32`, if there is one.
+    pub fn read(&self, row: usize) -> Option<Vec<f32>> {
+        let bytes = &self.file.bytes.as_bytes()[self.range.clone()];
+        let rows = Rows::new(bytes, self.element, self.rows, self.columns).ok()?;
+        (row < self.rows).then(|| {
+            let mut values = vec![0.0; self.columns];
+            rows.read(row, &mut values);
+            values
+        })
     }
 }
 

@@ -37,6 +37,11 @@ impl Array {
         })
     }
 
+    /// As a tensor of rank `D`.
+    pub(crate) fn into_tensor<const D: usize>(self) -> Tensor<D> {
+        Tensor::from_primitive::<Flex>(self.0)
+    }
+
     /// The elements in row-major order.
     pub(crate) fn data(&self) -> &[f32] {
         let layout = self.0.layout();
@@ -142,6 +147,14 @@ impl Handle {
             Some(tensor) => Self::of(tensor),
             None => Some(Self::absent()),
         }
+    }
+
+    /// The array behind it, without its gradient.
+    pub(crate) fn into_array(self) -> Array {
+        Array::from_primitive(match self {
+            Self::Plain(primitive) => primitive,
+            Self::Tracked(primitive) => primitive.into_primitive(),
+        })
     }
 
     /// Back to a tensor of rank `D`.

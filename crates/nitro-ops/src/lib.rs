@@ -14,6 +14,7 @@ mod elementwise;
 mod fused;
 mod linear;
 mod norm;
+mod packed;
 pub mod profile;
 mod resample;
 
@@ -22,6 +23,10 @@ pub use conv::{ConvGeometry, conv2d};
 pub use elementwise::{gate_residual, gelu, gelu_tanh, silu, silu_gated};
 pub use linear::{Activation, activate, linear};
 pub use norm::{layer_norm_modulate, rms_norm};
+pub use packed::{
+    Adaln, ElementType, NormKind, PackedBlock, PackedLinear, PackedStream, PackedTail, Rows,
+    can_pack, linear_packed, mask_values, packed_block,
+};
 pub use resample::{pixel_shuffle, pixel_unshuffle, upsample_nearest_2x};
 
 /// How products are computed; accumulation is always `f32`.

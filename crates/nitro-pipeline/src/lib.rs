@@ -17,6 +17,7 @@ mod load;
 pub mod picture;
 mod pipeline;
 mod pixels;
+mod prompt_cache;
 mod request;
 mod sample;
 mod text;

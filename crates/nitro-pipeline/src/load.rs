@@ -17,6 +17,7 @@ use crate::card::{ModelCard, Variant};
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
 use crate::pipeline::{Pipeline, Sources};
+use crate::prompt_cache::PromptCache;
 use crate::tokenizer::TextTokenizer;
 
 /// Metadata key under which our own transformer files carry their [`EmmditConfig`] as JSON.
@@ -160,9 +161,13 @@ impl PipelineBuilder {
         for transformer in &transformers {
             check_fit(card, transformer.config(), &text_config, &autoencoder)?;
         }
-        let text_weights = open_weights(&text_file)?;
-        let text_encoder =
-            Llama::new(&text_config, &Params::new(&text_weights, device, precision))?;
+        let prompt_cache = Arc::new(PromptCache::new(&text_file, precision));
+        let text_encoder = Arc::new(OnceLock::new());
+        // A large encoder may not be needed at all: its features of a text are kept on disk.
+        if !prompt_cache.is_on_disk() {
+            let encoder = load_text_encoder(&text_file, &text_config, device, precision)?;
+            text_encoder.get_or_init(|| encoder);
+        }
 
         (self.on_part)("image decoder");
         let autoencoder_file = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
@@ -185,6 +190,8 @@ impl PipelineBuilder {
                     variant: variant.clone(),
                     tokenizer: tokenizer.clone(),
                     text_encoder: text_encoder.clone(),
+                    text_config: text_config.clone(),
+                    prompt_cache: prompt_cache.clone(),
                     transformer,
                     autoencoder: autoencoder.clone(),
                     decoder: decoder.clone(),
@@ -211,7 +218,7 @@ impl PipelineBuilder {
             &weights,
             adapters.iter().map(|(adapter, scale)| (adapter, *scale)),
         )?;
-        let params = Params::new(&merged, &self.device, self.precision);
+        let params = Params::new(&merged, &self.device, self.precision).for_inference();
         let transformer = Emmdit::new(&config, &params)?;
         // Projectors serve training only.
         weights.finish(&["projectors."])?;
@@ -327,6 +334,18 @@ fn adapters(
         adapters.push((LoraAdapter::open(folder)?, *scale));
     }
     Ok(adapters)
+}
+
+/// The text encoder, for texts only.
+pub(crate) fn load_text_encoder(
+    weights: &ModelFile,
+    config: &LlamaConfig,
+    device: &Device,
+    precision: Precision,
+) -> Result<Llama, PipelineError> {
+    let weights = open_weights(weights)?;
+    let params = Params::new(&weights, device, precision).for_inference();
+    Ok(Llama::new(config, &params)?)
 }
 
 /// The autoencoder's other half, for requests that bring an image.

@@ -8,7 +8,7 @@ use image::RgbImage;
 use nitro_models::InputError;
 use nitro_models::dcae::{DcaeConfig, Decoder, Encoder};
 use nitro_models::emmdit::Emmdit;
-use nitro_models::llama::Llama;
+use nitro_models::llama::{Llama, LlamaConfig};
 use nitro_ops::Precision;
 use sha2::{Digest, Sha256};
 
@@ -16,8 +16,9 @@ use crate::PipelineError;
 use crate::caption::preprocess;
 use crate::card::Variant;
 use crate::files::{ModelFile, ModelLocation};
-use crate::load::{PipelineBuilder, load_encoder};
+use crate::load::{PipelineBuilder, load_encoder, load_text_encoder};
 use crate::pixels::{self, Canvas, Original};
+use crate::prompt_cache::PromptCache;
 use crate::tokenizer::{TextTokenizer, Tokens};
 
 /// Pixels decoded together at most; a decoder's activations are its largest memory.
@@ -29,7 +30,10 @@ pub struct Pipeline {
     pub(crate) name: String,
     pub(crate) variant: Variant,
     pub(crate) tokenizer: Arc<TextTokenizer>,
-    pub(crate) text_encoder: Llama,
+    /// Loaded with the rest where it is small, else when a text comes whose features are not known.
+    pub(crate) text_encoder: Arc<OnceLock<Llama>>,
+    pub(crate) text_config: LlamaConfig,
+    pub(crate) prompt_cache: Arc<PromptCache>,
     pub(crate) transformer: Emmdit,
     pub(crate) autoencoder: DcaeConfig,
     pub(crate) decoder: Decoder,
@@ -142,22 +146,71 @@ impl Pipeline {
             .iter()
             .map(|t| self.tokenizer.encode(t))
             .collect::<Result<Vec<_>, _>>()?;
-        let length = tokens.first().map_or(0, |t| t.ids.len());
-        let shape = [tokens.len(), length];
-        let ids: Vec<i32> = tokens
-            .iter()
-            .flat_map(|t| t.ids.iter().map(|id| *id as i32))
-            .collect();
-        let mask: Vec<bool> = tokens.iter().flat_map(Tokens::mask).collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
-        let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, shape), &self.device);
-        let features = self.text_encoder.forward(ids, mask).map_err(misfit)?;
-        finite(features.clone(), &self.sources.text_encoder)?;
+        let features = self.features(&tokens)?;
         Ok(TextFeatures {
             texts,
             tokens,
             features,
         })
+    }
+
+    /// The features of texts of one length, `[texts, length, channels]`: each computed once.
+    fn features(&self, tokens: &[Tokens]) -> Result<Tensor<3>, PipelineError> {
+        let mut known: Vec<Option<Arc<[f32]>>> =
+            tokens.iter().map(|t| self.prompt_cache.get(t)).collect();
+        let mut new: Vec<usize> = Vec::new();
+        for (i, t) in tokens.iter().enumerate() {
+            if known[i].is_none() && !new.iter().any(|&j| tokens[j] == *t) {
+                new.push(i);
+            }
+        }
+        let length = tokens.first().map_or(0, |t| t.ids.len());
+        if !new.is_empty() {
+            let shape = [new.len(), length];
+            let of_new = || new.iter().map(|&i| &tokens[i]);
+            let ids: Vec<i32> = of_new()
+                .flat_map(|t| t.ids.iter().map(|id| *id as i32))
+                .collect();
+            let mask: Vec<bool> = of_new().flat_map(Tokens::mask).collect();
+            let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
+            let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, shape), &self.device);
+            let computed = self.text_encoder()?.forward(ids, mask).map_err(misfit)?;
+            let computed = finite(computed, &self.sources.text_encoder)?;
+            let computed = computed.as_slice::<f32>().unwrap_or_default();
+            let each = computed.len() / new.len();
+            for (values, &i) in computed.chunks_exact(each.max(1)).zip(&new) {
+                let features: Arc<[f32]> = values.into();
+                self.prompt_cache.insert(&tokens[i], features.clone());
+                for (known, t) in known.iter_mut().zip(tokens) {
+                    if *t == tokens[i] {
+                        *known = Some(features.clone());
+                    }
+                }
+            }
+        }
+        let all: Vec<f32> = known
+            .iter()
+            .flatten()
+            .flat_map(|f| f.iter().copied())
+            .collect();
+        let channels = self.text_config.hidden_size;
+        let data = TensorData::new(all, [tokens.len(), length, channels]);
+        Ok(Tensor::from_data(data, &self.device))
+    }
+
+    fn text_encoder(&self) -> Result<&Llama, PipelineError> {
+        match self.text_encoder.get() {
+            Some(encoder) => Ok(encoder),
+            None => {
+                let encoder = load_text_encoder(
+                    &self.sources.text_encoder,
+                    &self.text_config,
+                    &self.device,
+                    self.precision,
+                )?;
+                Ok(self.text_encoder.get_or_init(|| encoder))
+            }
+        }
     }
 
     /// Latents of `count` pictures, as the denoiser sees them, to decoded pictures

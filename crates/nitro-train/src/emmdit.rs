@@ -97,7 +97,8 @@ impl<'a> EmmditTraining<'a> {
         let dir = task.frozen.join("text_encoder");
         let llama: LlamaConfig = read_config(&dir.join("config.json"))?;
         let files = WeightFiles::open(dir.join("model.safetensors"))?;
-        let text_encoder = Llama::new(&llama, &Params::new(&files, &device, precision))?;
+        let params = Params::new(&files, &device, precision).for_inference();
+        let text_encoder = Llama::new(&llama, &params)?;
         let tokenizer = crate::tokenizer::load(&dir)?;
         let dir = task.frozen.join("dc-ae");
         let dcae: DcaeConfig = read_config(&dir.join("config.json"))?;
@@ -216,7 +217,8 @@ impl Task for EmmditTraining<'_> {
     fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
         let device = Device::flex();
         let precision = Precision::from(self.common.precision);
-        let model = Emmdit::new(&self.task.model, &Params::new(averaged, &device, precision))?;
+        let params = Params::new(averaged, &device, precision).for_inference();
+        let model = Emmdit::new(&self.task.model, &params)?;
         let [c, h, w] = self.latents.shape;
         let count = PROMPTS.len();
         let empty = self.empty_text.clone().repeat_dim(0, count);

@@ -7,12 +7,18 @@
 
 mod backward;
 mod forward;
+mod heads;
 mod layout;
 mod linear;
+mod operands;
 mod rows;
+#[cfg(target_arch = "x86_64")]
+mod softmax_x86;
 #[cfg(test)]
 mod tests;
 
+pub use heads::Rotary;
+pub(crate) use heads::{HeadOutput, HeadStream, Heads, MAX_STREAMS};
 pub use linear::{
     LinearAttentionShape, relu_linear_attention_backward, relu_linear_attention_forward,
 };

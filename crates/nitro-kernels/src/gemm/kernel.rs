@@ -88,11 +88,11 @@ impl KernelSet {
         let isa = isa.or_portable();
         let f32_unit = match precision {
             Precision::F32 => Unit::F32,
-            Precision::Bf16 => Unit::F32Rounded,
+            Precision::Bf16 | Precision::Int8 => Unit::F32Rounded,
         };
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 if precision == Precision::Bf16 => KernelSet {
+            Isa::Avx512Bf16 if precision != Precision::F32 => KernelSet {
                 isa,
                 unit: Unit::Bf16Pair,
                 rows: 8,

@@ -26,8 +26,8 @@ pub use matrix::MatRef;
 pub use prepacked::{PackedB, gemm_packed};
 pub use sums::column_sum;
 
-pub(crate) use convert::{Interleave, convert_run, interleave, interleave_rows};
+pub(crate) use convert::{Interleave, convert_run, interleave, interleave_rows, transpose16};
 pub(crate) use driver::{Finish, Part, Target, run_part, run_rows, serial};
 pub(crate) use epilogue::{apply_with_isa, fma};
-pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile};
+pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile, Unit};
 pub(crate) use pack::{Layout, MAX_BLOCK_UNITS, pack_b};

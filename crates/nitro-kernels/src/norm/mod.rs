@@ -1,6 +1,8 @@
 //! Layer norm with AdaLN modulation, and RMS norm, over the last dimension; forward and backward.
 
 mod rows;
+
+pub(crate) use rows::forward_rows;
 #[cfg(test)]
 mod tests;
 

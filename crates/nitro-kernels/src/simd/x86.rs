@@ -76,6 +76,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn reciprocal(self, a: __m512) -> __m512 {
+        // SAFETY: arithmetic; see the module's comment.
+        unsafe {
+            // 14 bits, and a Newton step that doubles them.
+            let r = _mm512_rcp14_ps(a);
+            let error = _mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0));
+            _mm512_fmadd_ps(r, error, r)
+        }
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: arithmetic; see the module's comment.
         unsafe { _mm512_set1_ps(x) }

@@ -3,11 +3,12 @@
 
 use burn::tensor::Tensor;
 use nitro_ops::{
-    Activation, AttentionShape, Qkv, gate_residual, joint_attention, layer_norm_modulate,
+    Activation, Adaln as Modulated, AttentionShape, NormKind, PackedBlock, PackedStream,
+    PackedTail, Qkv, gate_residual, joint_attention, layer_norm_modulate, packed_block,
 };
 
 use super::config::{Adaln, EmmditConfig};
-use crate::layers::{Linear, RmsNorm};
+use crate::layers::{Fan, Linear, RmsNorm};
 use crate::{Init, Params, WeightError};
 
 /// Epsilon of a block's first norm (PyTorch's default) and of all others.
@@ -20,6 +21,7 @@ pub(super) struct Block {
     image: Stream,
     text: Stream,
     attention: AttentionShape,
+    head_dim: usize,
 }
 
 impl Block {
@@ -39,6 +41,7 @@ impl Block {
                 run,
                 ..AttentionShape::full(config.heads)
             },
+            head_dim: config.head_dim,
         })
     }
 
@@ -49,6 +52,9 @@ impl Block {
         text: Tensor<3>,
         time: &Tensor<3>,
     ) -> (Tensor<3>, Option<Tensor<3>>) {
+        if let Some(after) = self.forward_packed(&image, &text, time) {
+            return after;
+        }
         let image_gates = self.image.modulate(time);
         let text_gates = self.text.modulate(time);
         let image_qkv = self.image.attend(image.clone(), image_gates.as_ref());
@@ -57,6 +63,32 @@ impl Block {
         let next_text = self.text.finish(text, from_text, text_gates);
         let next_image = self.image.finish(image.clone(), from_image, image_gates);
         (next_image.unwrap_or(image), next_text)
+    }
+
+    /// [`forward`](Self::forward) as one operation, where the weights are packed.
+    fn forward_packed(
+        &self,
+        image: &Tensor<3>,
+        text: &Tensor<3>,
+        time: &Tensor<3>,
+    ) -> Option<(Tensor<3>, Option<Tensor<3>>)> {
+        let block = PackedBlock {
+            attention: self.attention,
+            head_dim: self.head_dim,
+            norm: NormKind::Layer,
+            eps: [NORM1_EPS, EPS],
+            head_eps: EPS,
+            activation: Activation::GeluTanh,
+            rotary: None,
+            key_mask: None,
+        };
+        let streams = vec![
+            self.image.packed(image, time)?,
+            self.text.packed(text, time)?,
+        ];
+        let mut after = packed_block(&block, streams).into_iter();
+        let image = after.next()?;
+        Some((image, after.next().filter(|_| self.text.tail.is_some())))
     }
 }
 
@@ -98,7 +130,7 @@ const TEXT: Names = Names {
 #[derive(Clone, Debug)]
 struct Stream {
     norm1: (Tensor<1>, Tensor<1>),
-    qkv: [Linear; 3],
+    qkv: Fan<3>,
     norm_q: RmsNorm,
     norm_k: RmsNorm,
     tail: Option<Tail>,
@@ -141,18 +173,13 @@ impl Stream {
     ) -> Result<Self, WeightError> {
         let width = config.width();
         let norm1 = p.sub(names.norm1);
-        let linear = |name| Linear::new(&p.sub(name), width, width);
         let rms = |name| RmsNorm::new(&p.sub(name), config.head_dim, EPS);
         Ok(Self {
             norm1: (
                 norm1.tensor("weight", [width], Init::Ones)?,
                 norm1.tensor("bias", [width], Init::Zeros)?,
             ),
-            qkv: [
-                linear(names.qkv[0])?,
-                linear(names.qkv[1])?,
-                linear(names.qkv[2])?,
-            ],
+            qkv: Fan::new(names.qkv.map(|name| p.sub(name)), width, [width; 3], true)?,
             norm_q: rms(names.norm_q)?,
             norm_k: rms(names.norm_k)?,
             tail: has_tail.then(|| Tail::new(config, p, names)).transpose()?,
@@ -161,6 +188,32 @@ impl Stream {
 
     fn modulate(&self, time: &Tensor<3>) -> Option<Gates> {
         self.tail.as_ref().map(|tail| tail.modulation.forward(time))
+    }
+
+    /// This stream at `x`, where its weights are packed.
+    fn packed<'a>(&'a self, x: &Tensor<3>, time: &'a Tensor<3>) -> Option<PackedStream<'a>> {
+        let tail = match &self.tail {
+            None => None,
+            Some(tail) => Some(PackedTail {
+                out: tail.out.packed()?,
+                norm2: None,
+                up: tail.up.packed()?,
+                gate: None,
+                down: tail.down.packed()?,
+            }),
+        };
+        Some(PackedStream {
+            x: x.clone(),
+            norm1: [Some(&self.norm1.0), Some(&self.norm1.1)],
+            modulation: self.tail.as_ref().map(|tail| Modulated {
+                time,
+                bias: &tail.modulation.bias,
+                scale: tail.modulation.scale.as_ref(),
+            }),
+            qkv: self.qkv.packed()?,
+            head_norms: Some([self.norm_q.weight(), self.norm_k.weight()]),
+            tail,
+        })
     }
 
     /// Queries, keys and values of the modulated norm of `x [B, T, D]`.
@@ -172,7 +225,7 @@ impl Stream {
             modulation,
             NORM1_EPS,
         );
-        let [q, k, v] = self.qkv.each_ref().map(|linear| linear.forward(x.clone()));
+        let [q, k, v] = self.qkv.forward(&x);
         Qkv {
             q: self.norm_q.forward(q),
             k: self.norm_k.forward(k),

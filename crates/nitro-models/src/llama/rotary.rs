@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 pub(super) struct Rotary {
     cos: Tensor<4>, // [1, tokens, 1, head_dim / 2]
     sin: Tensor<4>,
+    tables: [Vec<f32>; 2], // the same on the host, [tokens, head_dim / 2] each
     head_dim: usize,
 }
 
@@ -27,11 +28,26 @@ impl Rotary {
         let table = |values: Vec<f32>| -> Tensor<4> {
             Tensor::from_data(TensorData::new(values, [1, tokens, 1, half]), device)
         };
+        let tables: [Vec<f32>; 2] = [
+            angles.clone().map(f32::cos).collect(),
+            angles.map(f32::sin).collect(),
+        ];
         Self {
-            cos: table(angles.clone().map(f32::cos).collect()),
-            sin: table(angles.map(f32::sin).collect()),
+            cos: table(tables[0].clone()),
+            sin: table(tables[1].clone()),
+            tables,
             head_dim,
         }
+    }
+
+    /// Channels of a head.
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Cosines and sines, `[tokens, head_dim / 2]` each.
+    pub(super) fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.tables[0], &self.tables[1])
     }
 
     /// Rotates each head of `x [b, t, heads head_dim]`: channel `i` of its first half with channel

@@ -128,13 +128,15 @@ impl<'a> Models<'a> {
         let before = resident_memory();
         let source = Formula::new();
         let params = Params::new(&source, &self.device, self.precision);
+        // As the pipeline loads them.
+        let packed = params.for_inference();
         let begun = Instant::now();
         match part {
-            Part::Emmdit => self.emmdit = Some(Emmdit::new(&self.suite.emmdit, &params)?),
+            Part::Emmdit => self.emmdit = Some(Emmdit::new(&self.suite.emmdit, &packed)?),
             Part::LargeEmmdit => {
-                self.large_emmdit = Some(Emmdit::new(&self.suite.large_emmdit, &params)?);
+                self.large_emmdit = Some(Emmdit::new(&self.suite.large_emmdit, &packed)?);
             }
-            Part::Llama => self.llama = Some(Llama::new(&self.suite.llama, &params)?),
+            Part::Llama => self.llama = Some(Llama::new(&self.suite.llama, &packed)?),
             Part::Decoder => self.decoder = Some(Decoder::new(&self.suite.dcae, &params)?),
             Part::Encoder => self.encoder = Some(Encoder::new(&self.suite.dcae, &params)?),
         }

@@ -76,6 +76,7 @@ impl Peaks {
         let rate = match precision {
             Precision::F32 => None,
             Precision::Bf16 => self.bf16.as_ref(),
+            Precision::Int8 => self.int8.as_ref(),
         };
         rate.or(self.f32.as_ref()).map(|rate| rate.all_threads)
     }

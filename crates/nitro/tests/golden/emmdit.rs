@@ -87,26 +87,25 @@ pub(crate) fn forward(case: &Case, report: &mut Report) -> Result<()> {
     let config = config(case, &weights, report)?;
     let (inputs, outputs) = (case.tensors("inputs")?, case.tensors("outputs")?);
     let tolerance = case.rel_l2()?;
-    let model = Emmdit::new(
-        &config,
-        &Params::new(&weights, &Device::flex(), Precision::F32),
-    )?;
-    weights.finish(&[])?;
-
-    let mut seen: Vec<(String, Tensor<3>)> = Vec::new();
-    let mut observer = |name: &str, value: Tensor<3>| seen.push((name.to_owned(), value));
-    let sample = model.forward_observed(
-        inputs.tensor("hidden_states")?,
-        inputs.tensor("encoder_hidden_states")?,
-        &inputs.f32s("timestep")?,
-        Some(&mut observer),
-    )?;
-    for (name, value) in seen {
-        if outputs.has(&name) {
-            outputs.close(report, &name, &values(value)?, tolerance)?;
+    let plain = Params::new(&weights, &Device::flex(), Precision::F32);
+    for params in [plain.for_inference(), plain] {
+        let model = Emmdit::new(&config, &params)?;
+        weights.finish(&[])?;
+        let mut seen: Vec<(String, Tensor<3>)> = Vec::new();
+        let mut observer = |name: &str, value: Tensor<3>| seen.push((name.to_owned(), value));
+        let sample = model.forward_observed(
+            inputs.tensor("hidden_states")?,
+            inputs.tensor("encoder_hidden_states")?,
+            &inputs.f32s("timestep")?,
+            Some(&mut observer),
+        )?;
+        for (name, value) in seen {
+            if outputs.has(&name) {
+                outputs.close(report, &name, &values(value)?, tolerance)?;
+            }
         }
+        outputs.close(report, "sample", &values(sample)?, tolerance)?;
     }
-    outputs.close(report, "sample", &values(sample)?, tolerance)?;
     outputs.finish(report);
     Ok(())
 }

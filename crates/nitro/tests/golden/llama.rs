@@ -1,7 +1,5 @@
 //! Llama as a text encoder: all hidden states, padded positions included, and logits.
 
-use std::time::Instant;
-
 use anyhow::Result;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use nitro_models::Params;
@@ -10,24 +8,27 @@ use nitro_ops::Precision;
 
 use crate::compare::Report;
 use crate::files::{Case, Tensors, values};
+use crate::full_size;
 
 pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
     let config: LlamaConfig = case.get("/config")?;
     let weights = case.weights()?;
     let device = Device::flex();
-    let model = Llama::new(&config, &Params::new(&weights, &device, Precision::F32))?;
-    weights.finish(&[])?;
     let (inputs, outputs) = (case.tensors("inputs")?, case.tensors("outputs")?);
     let tolerance = case.rel_l2()?;
-
     let (ids, mask) = prompt(&inputs, &device)?;
-    let mut seen: Vec<(String, Tensor<3>)> = Vec::new();
-    let hidden =
-        model.forward_observed(ids, mask, &mut |name, x| seen.push((name.to_owned(), x)))?;
-    seen.push(("last_hidden_state".to_owned(), hidden.clone()));
-    seen.push(("logits".to_owned(), model.logits(hidden)?));
-    for (name, value) in seen.into_iter().filter(|(name, _)| outputs.has(name)) {
-        outputs.close(report, &name, &values(value)?, tolerance)?;
+    let plain = Params::new(&weights, &device, Precision::F32);
+    for params in [plain.for_inference(), plain] {
+        let model = Llama::new(&config, &params)?;
+        weights.finish(&[])?;
+        let mut seen: Vec<(String, Tensor<3>)> = Vec::new();
+        let mut observer = |name: &str, x: Tensor<3>| seen.push((name.to_owned(), x));
+        let hidden = model.forward_observed(ids.clone(), mask.clone(), &mut observer)?;
+        seen.push(("last_hidden_state".to_owned(), hidden.clone()));
+        seen.push(("logits".to_owned(), model.logits(hidden)?));
+        for (name, value) in seen.into_iter().filter(|(name, _)| outputs.has(name)) {
+            outputs.close(report, &name, &values(value)?, tolerance)?;
+        }
     }
     if outputs.has("inv_freq") {
         outputs.close(report, "inv_freq", &config.inverse_frequencies(), tolerance)?;
@@ -46,12 +47,9 @@ pub(crate) fn full_size(
     let model = Llama::new(&case.get::<LlamaConfig>("/config")?, params)?;
     let (inputs, outputs) = (case.tensors("inputs")?, case.tensors("outputs")?);
     let (ids, mask) = prompt(&inputs, params.device())?;
-    let begun = Instant::now();
-    let hidden = values(model.forward(ids, mask)?)?;
-    println!(
-        "  {precision} forward: {:.2} s",
-        begun.elapsed().as_secs_f64()
-    );
+    let hidden = full_size::fastest(precision, || {
+        values(model.forward(ids.clone(), mask.clone())?)
+    })?;
     report.close(
         &format!("last_hidden_state ({precision})"),
         &hidden,
