@@ -342,41 +342,45 @@ impl Worker {
     }
 
     fn deliver(&mut self, decoded: Vec<(usize, Result<RgbImage, Failure>)>) {
-        let mut ended: Vec<(u64, Option<Event>)> = Vec::new();
+        let mut failed: Vec<(u64, Failure)> = Vec::new();
         for (i, image) in decoded {
             let active = &self.active[i];
-            let Some(running) = self.jobs.get_mut(&active.job) else {
+            let id = active.job;
+            let Some(running) = self.jobs.get_mut(&id) else {
                 continue;
             };
-            match image {
-                Ok(image) => {
-                    self.shared.metrics.pictures.inc();
-                    running.tell(Event::Picture {
-                        picture: active.picture,
-                        image,
-                        steps: active.sample.completed(),
-                    });
-                    running.left -= 1;
-                    let done = running.job.request.pictures() - running.left;
-                    self.shared.update(|table| {
-                        if let Some(status) = table.get(active.job) {
-                            status.done = done;
-                        }
-                    });
-                    if running.left == 0 {
-                        ended.push((active.job, None));
-                    }
+            let image = match image {
+                Ok(image) => image,
+                Err(failure) => {
+                    failed.push((id, failure));
+                    continue;
                 }
-                Err(failure) => ended.push((active.job, Some(Event::Failed(failure)))),
+            };
+            self.shared.metrics.pictures.inc();
+            running.left -= 1;
+            let done = running.job.request.pictures() - running.left;
+            if running.left == 0 {
+                // Before its last picture: whoever has that and leaves has not cancelled.
+                self.shared.finish(id);
+            } else {
+                self.shared.update(|table| {
+                    if let Some(status) = table.get(id) {
+                        status.done = done;
+                    }
+                });
+            }
+            running.tell(Event::Picture {
+                picture: active.picture,
+                image,
+                steps: active.sample.completed(),
+            });
+            if running.left == 0 {
+                self.jobs.remove(&id);
             }
         }
-        for (id, last) in ended {
-            // Only finished pictures may leave while numbers of the batch are in use.
-            self.shared.finish(id);
-            match last {
-                Some(event) => self.end(id, Some(event)),
-                None => drop(self.jobs.remove(&id)),
-            }
+        // Not sooner: places in the batch change with it.
+        for (id, failure) in failed {
+            self.end(id, Some(Event::Failed(failure)));
         }
     }
 
