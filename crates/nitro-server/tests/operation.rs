@@ -266,7 +266,12 @@ fn health_metrics_and_request_ids() {
 
 #[test]
 fn an_orderly_end_finishes_what_runs_and_refuses_the_rest() {
-    let server = TestServer::start(options());
+    // However slow the machine is.
+    let grace = Duration::from_secs(600);
+    let server = TestServer::start(ServerOptions {
+        grace,
+        ..options()
+    });
     let mut body = quick("a ring", 1);
     body["num_inference_steps"] = json!(60);
     let mut kept = TcpStream::connect(server.address).unwrap();
