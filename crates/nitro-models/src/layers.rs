@@ -294,7 +294,7 @@ pub struct Conv2d {
 #[derive(Clone, Debug)]
 enum ConvWeight {
     /// For training, and for every device.
-    Plain(Tensor<4>, Option<Tensor<1>>),
+    Plain(Box<(Tensor<4>, Option<Tensor<1>>)>),
     /// For inference on the CPU.
     Packed(Arc<PackedConv2d>, Option<Arc<[f32]>>),
 }
@@ -388,11 +388,9 @@ impl Conv2d {
             let (packed, bias) = spec.pack(p)?;
             ConvWeight::Packed(Arc::new(packed), bias.map(Arc::from))
         } else {
-            ConvWeight::Plain(
-                p.tensor("weight", spec.weight_shape(), spec.init())?,
-                bias.then(|| p.tensor("bias", [outputs], spec.init()))
-                    .transpose()?,
-            )
+            let weight = p.tensor("weight", spec.weight_shape(), spec.init())?;
+            let bias = bias.then(|| p.tensor("bias", [outputs], spec.init()));
+            ConvWeight::Plain(Box::new((weight, bias.transpose()?)))
         };
         Ok(Self {
             weight,
@@ -413,7 +411,8 @@ impl Conv2d {
     /// `activation(conv(x))` in one pass.
     pub fn forward_with(&self, x: Tensor<4>, activation: Activation) -> Tensor<4> {
         match &self.weight {
-            ConvWeight::Plain(weight, bias) => {
+            ConvWeight::Plain(plain) => {
+                let (weight, bias) = &**plain;
                 let (geometry, precision) = (self.geometry, self.precision);
                 conv2d(x, weight, bias.as_ref(), geometry, activation, precision)
             }
