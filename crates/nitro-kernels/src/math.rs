@@ -3,6 +3,7 @@
 //! NaN stays NaN, so that a diverging run is noticed; overflow goes to infinity and underflow to
 //! zero as in IEEE arithmetic.
 
+use crate::gemm::Activation;
 use crate::simd::Simd;
 
 /// `2^x`.
@@ -49,6 +50,41 @@ pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let one = s.splat(1.0);
     let e = exp(s, s.sub(s.splat(0.0), x));
     s.div(one, s.add(one, e))
+}
+
+/// `x / (1 + 2^t)`; far out it stays finite, and NaN stays NaN.
+#[inline(always)]
+fn over_one_plus_exp2<S: Simd>(s: S, x: S::V, t: S::V) -> S::V {
+    let t = s.max(s.splat(-115.0), s.min(s.splat(115.0), t));
+    let n = s.round(t);
+    let r = s.sub(t, n);
+    // As in `exp2`.
+    let mut p = s.splat(0.000_154_531_63);
+    p = s.fma(p, r, s.splat(0.001_339_086_3));
+    p = s.fma(p, r, s.splat(0.009_618_083));
+    p = s.fma(p, r, s.splat(0.055_503_57));
+    p = s.fma(p, r, s.splat(0.240_226_5));
+    p = s.fma(p, r, s.splat(std::f32::consts::LN_2));
+    p = s.fma(p, r, s.splat(1.0));
+    let one = s.splat(1.0);
+    s.mul(x, s.reciprocal(s.add(one, s.ldexp(p, n))))
+}
+
+/// An activation, with one reciprocal instead of a division.
+#[inline(always)]
+pub(crate) fn activate<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    match activation {
+        Activation::None => x,
+        Activation::Relu => s.max(s.splat(0.0), x),
+        Activation::Silu => over_one_plus_exp2(s, x, s.mul(x, s.splat(-LOG2_E))),
+        Activation::GeluTanh => {
+            // 0.5 (1 + tanh(u)) = 1 / (1 + e^(-2 u)) with 2 u = 2 sqrt(2/pi) (x + 0.044715 x^3).
+            const TWICE: f32 = 1.595_769 * LOG2_E;
+            let inner = s.fma(s.mul(x, x), s.splat(-0.044_715 * TWICE), s.splat(-TWICE));
+            over_one_plus_exp2(s, x, s.mul(x, inner))
+        }
+    }
 }
 
 /// Applies `f` to every element of `x`, writing `y`.

@@ -12,8 +12,12 @@
 mod blocks;
 mod config;
 mod cost;
+mod packed;
+
+use std::sync::Arc;
 
 use burn::tensor::Tensor;
+use nitro_ops::{Stages, run_stages};
 
 pub use config::{ActFn, BlockType, DcaeConfig, Downsample, NormType, PerStage, Upsample};
 
@@ -65,23 +69,33 @@ pub struct Encoder {
     spatial_factor: usize,
 }
 
-/// Where the first stage is empty, its downsampling is all that is left of it.
+/// How the encoder begins.
 #[derive(Clone, Debug)]
 enum EncoderIn {
     Conv(Conv2d),
+    /// Where the first stage is empty, its downsampling is all that is left of it.
     Down(DownBlock),
+    /// In a model for inference, with the finest stages; `down_blocks` are then empty for these.
+    Fine(Arc<Stages>),
 }
 
 impl Encoder {
     /// The encoder under `encoder.*` of an autoencoder's weights.
     pub fn new(config: &DcaeConfig, p: &Params<'_>) -> Result<Self, WeightError> {
-        let p = &p.sub("encoder");
+        let p = &p.sensitive().sub("encoder");
         let stages = config.encoder_stages()?;
+        let fine = if p.packs() {
+            packed::encoder_stages(config, &stages)
+        } else {
+            0
+        };
         let down = config.downsample_block_type;
         let image = config.in_channels;
 
         let conv_in = p.sub("conv_in");
-        let conv_in = if stages[0].layers > 0 {
+        let conv_in = if fine > 0 {
+            EncoderIn::Fine(Arc::new(packed::encoder(p, &stages, fine, image)?))
+        } else if stages[0].layers > 0 {
             EncoderIn::Conv(Conv2d::new(
                 &conv_in,
                 ConvSpec::new(image, stages[0].channels, 3),
@@ -98,6 +112,10 @@ impl Encoder {
 
         let mut down_blocks = Vec::with_capacity(stages.len());
         for (i, stage) in stages.iter().enumerate() {
+            if i < fine {
+                down_blocks.push(Vec::new());
+                continue;
+            }
             let p = p.sub("down_blocks").sub(i);
             let mut blocks = (0..stage.layers)
                 .map(|j| Block::new(&p.sub(j), stage, config.attention_head_dim))
@@ -128,7 +146,8 @@ impl Encoder {
         self.encode_observed(image, &mut |_, _| {})
     }
 
-    /// [`Encoder::encode`], showing the outputs of `conv_in` and each `down_blocks.i`.
+    /// [`Encoder::encode`], showing the outputs of `conv_in` and each `down_blocks.i`. A model for
+    /// inference computes the fine ones together, and does not show these.
     pub fn encode_observed(
         &self,
         image: Tensor<4>,
@@ -150,11 +169,17 @@ impl Encoder {
         let mut x = match &self.conv_in {
             EncoderIn::Conv(conv) => conv.forward(x),
             EncoderIn::Down(block) => block.forward(x),
+            EncoderIn::Fine(stages) => run_stages(x, stages, None),
         };
-        observe("conv_in", x.clone());
+        let fine = matches!(self.conv_in, EncoderIn::Fine(_));
+        if !fine {
+            observe("conv_in", x.clone());
+        }
         for (i, stage) in self.down_blocks.iter().enumerate() {
             x = stage.iter().fold(x, |x, block| block.forward(x)); // [b, H / 2^(i+1), .., c_(i+1)]
-            observe(&format!("down_blocks.{i}"), x.clone());
+            if !(fine && stage.is_empty()) {
+                observe(&format!("down_blocks.{i}"), x.clone());
+            }
         }
         let latent = self.conv_out.forward(x.clone()); // [b, H / f, W / f, C]
         let latent = match self.out_shortcut {
@@ -173,30 +198,42 @@ pub struct Decoder {
     in_shortcut: Option<usize>,
     /// At full resolution first, as in the official names; they run from last to first.
     up_blocks: Vec<Vec<Block>>,
-    norm_out: RmsNorm,
-    activation: ActFn,
-    conv_out: DecoderOut,
+    out: DecoderOut,
     latent_channels: usize,
+    /// See [`Decoder::set_tile`].
+    tile: Option<usize>,
 }
 
-/// Where the first stage is empty, its upsampling is all that is left of it.
+/// How the decoder ends.
 #[derive(Clone, Debug)]
 enum DecoderOut {
-    Conv(Conv2d),
-    Up(UpBlock),
+    Conv(RmsNorm, ActFn, Conv2d),
+    /// Where the first stage is empty, its upsampling is all that is left of it.
+    Up(RmsNorm, ActFn, UpBlock),
+    /// In a model for inference, with the finest stages; `up_blocks` are then empty for these.
+    Fine(Arc<Stages>),
 }
 
 impl Decoder {
     /// The decoder under `decoder.*` of an autoencoder's weights.
     pub fn new(config: &DcaeConfig, p: &Params<'_>) -> Result<Self, WeightError> {
-        let p = &p.sub("decoder");
+        let p = &p.sensitive().sub("decoder");
         let stages = config.decoder_stages()?;
+        let fine = if p.packs() {
+            packed::decoder_stages(config, &stages)
+        } else {
+            0
+        };
         let up = config.upsample_block_type;
         let last = stages[stages.len() - 1].channels;
         let latent = config.latent_channels;
 
         let mut up_blocks = Vec::with_capacity(stages.len());
         for (i, stage) in stages.iter().enumerate() {
+            if i < fine {
+                up_blocks.push(Vec::new());
+                continue;
+            }
             let p = p.sub("up_blocks").sub(i);
             let mut blocks = Vec::with_capacity(stage.layers + 1);
             if let Some(coarser) = stages.get(i + 1).filter(|_| stage.layers > 0) {
@@ -210,30 +247,35 @@ impl Decoder {
             up_blocks.push(blocks);
         }
 
-        let conv_out = p.sub("conv_out");
-        let image = config.in_channels;
-        let (width, conv_out) = if stages[0].layers > 0 {
+        let (conv_out, image) = (p.sub("conv_out"), config.in_channels);
+        let norm_out = |width: usize| RmsNorm::with_bias(&p.sub("norm_out"), width, NORM_EPS);
+        let activation = config.decoder_conv_act_fn;
+        let out = if fine > 0 {
+            let stages = packed::decoder(p, &stages, fine, activation, image)?;
+            DecoderOut::Fine(Arc::new(stages))
+        } else if stages[0].layers > 0 {
             let width = stages[0].channels;
-            (
-                width,
-                DecoderOut::Conv(Conv2d::new(&conv_out, ConvSpec::new(width, image, 3))?),
-            )
+            let conv = Conv2d::new(&conv_out, ConvSpec::new(width, image, 3))?;
+            DecoderOut::Conv(norm_out(width)?, activation, conv)
         } else {
             let width = stages[1].channels;
-            (
-                width,
-                DecoderOut::Up(UpBlock::new(&conv_out, width, image, up, false)?),
-            )
+            let block = UpBlock::new(&conv_out, width, image, up, false)?;
+            DecoderOut::Up(norm_out(width)?, activation, block)
         };
         Ok(Self {
             conv_in: Conv2d::new(&p.sub("conv_in"), ConvSpec::new(latent, last, 3))?,
             in_shortcut: config.decoder_in_shortcut.then_some(last / latent),
             up_blocks,
-            norm_out: RmsNorm::with_bias(&p.sub("norm_out"), width, NORM_EPS)?,
-            activation: config.decoder_conv_act_fn,
-            conv_out,
+            out,
             latent_channels: latent,
+            tile: None,
         })
+    }
+
+    /// How many rows the fine stages of a model for inference keep in memory at a time; by default as
+    /// many as run fastest. The image is the same to the last bit.
+    pub fn set_tile(&mut self, rows: Option<usize>) {
+        self.tile = rows;
     }
 
     /// `latent [b, C, h, w]`, already divided by the scaling factor, to the image
@@ -243,7 +285,8 @@ impl Decoder {
     }
 
     /// [`Decoder::decode`], showing the outputs of `conv_in` (without its shortcut), each
-    /// `up_blocks.i` and `conv_out`.
+    /// `up_blocks.i` and `conv_out`. A model for inference computes the fine blocks together with
+    /// `conv_out`, and shows the latter alone.
     pub fn decode_observed(
         &self,
         latent: Tensor<4>,
@@ -265,14 +308,21 @@ impl Decoder {
         if let Some(copies) = self.in_shortcut {
             x = x + repeat_channels(z, copies);
         }
+        let fine = matches!(self.out, DecoderOut::Fine(_));
         for (i, stage) in self.up_blocks.iter().enumerate().rev() {
             x = stage.iter().fold(x, |x, block| block.forward(x)); // [b, h f / 2^i, .., c_i]
-            observe(&format!("up_blocks.{i}"), x.clone());
+            if !(fine && stage.is_empty()) {
+                observe(&format!("up_blocks.{i}"), x.clone());
+            }
         }
-        let x = self.activation.forward(self.norm_out.forward(x));
-        let image = match &self.conv_out {
-            DecoderOut::Conv(conv) => conv.forward(x),
-            DecoderOut::Up(block) => block.forward(x),
+        let image = match &self.out {
+            DecoderOut::Conv(norm, activation, conv) => {
+                conv.forward(activation.forward(norm.forward(x)))
+            }
+            DecoderOut::Up(norm, activation, block) => {
+                block.forward(activation.forward(norm.forward(x)))
+            }
+            DecoderOut::Fine(stages) => run_stages(x, stages, self.tile),
         }; // [b, h f, w f, 3]
         observe("conv_out", image.clone());
         Ok(image.permute([0, 3, 1, 2]))

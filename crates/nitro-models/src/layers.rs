@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use nitro_ops::{
-    Activation, ConvGeometry, PackedLinear, Precision, Rows, activate, conv2d, linear,
-    linear_packed, rms_norm,
+    Activation, ConvGeometry, PackedConv2d, PackedLinear, Precision, Rows, activate, conv2d,
+    conv2d_packed, linear, linear_packed, rms_norm,
 };
 
 use crate::{Elements, Init, LowRank, Params, WeightError};
@@ -96,37 +96,7 @@ impl Linear {
             _ => Vec::new(),
         };
         let weight = if first.packs() && adapters.is_empty() {
-            let elements = parts
-                .iter()
-                .map(|(p, outputs)| p.elements("weight", &full(*outputs), init));
-            let elements = elements.collect::<Result<Vec<_>, _>>()?;
-            let rows = elements
-                .iter()
-                .zip(&parts)
-                .map(|(elements, (_, outputs))| match elements {
-                    Elements::Stored(bytes, element) => {
-                        Rows::new(bytes, *element, *outputs, inputs)
-                    }
-                    Elements::Values(values) => Rows::from_f32(values, *outputs, inputs),
-                });
-            let mut biases = Vec::new();
-            for (p, outputs) in parts.iter().filter(|_| bias) {
-                match p.elements("bias", &[*outputs], init)? {
-                    Elements::Values(values) => biases.extend(values),
-                    Elements::Stored(bytes, element) => {
-                        let mut values = vec![0.0; *outputs];
-                        let row = Rows::new(bytes, element, 1, *outputs);
-                        row.map_err(|e| misshapen(p, &e))?.read(0, &mut values);
-                        biases.extend(values);
-                    }
-                }
-            }
-            let packed = rows
-                .collect::<Result<Vec<_>, _>>()
-                .and_then(|rows| {
-                    PackedLinear::new(&rows, bias.then_some(biases), first.precision())
-                })
-                .map_err(|error| misshapen(first, &error))?;
+            let packed = pack_linear(&parts, shape, bias)?;
             Weight::Packed(Arc::new(packed))
         } else {
             let weights = parts.iter().map(|(p, outputs)| {
@@ -232,12 +202,34 @@ fn joined<const D: usize>(mut tensors: Vec<Tensor<D>>) -> Tensor<D> {
     }
 }
 
-/// Elements that are not as long as their shape: the source contradicts itself.
-fn misshapen(p: &Params<'_>, error: &dyn std::fmt::Display) -> WeightError {
-    WeightError::Config {
-        origin: p.name("weight"),
-        reason: error.to_string(),
+/// The weights of the layers at `parts`, of so many outputs each, as one packed layer; `shape` is a
+/// weight's shape after its outputs.
+pub(crate) fn pack_linear(
+    parts: &[(&Params<'_>, usize)],
+    shape: &[usize],
+    bias: bool,
+) -> Result<PackedLinear, WeightError> {
+    let inputs: usize = shape.iter().product();
+    let init = fan_in_init(inputs);
+    let first = parts[0].0;
+    let elements = parts
+        .iter()
+        .map(|(p, outputs)| p.elements("weight", &[&[*outputs], shape].concat(), init));
+    let elements = elements.collect::<Result<Vec<_>, _>>()?;
+    let rows = elements
+        .iter()
+        .zip(parts)
+        .map(|(elements, (_, outputs))| match elements {
+            Elements::Stored(bytes, element) => Rows::new(bytes, *element, *outputs, inputs),
+            Elements::Values(values) => Rows::from_f32(values, *outputs, inputs),
+        });
+    let mut biases = Vec::new();
+    for (p, outputs) in parts.iter().filter(|_| bias) {
+        biases.extend(p.values("bias", &[*outputs], init)?);
     }
+    rows.collect::<Result<Vec<_>, _>>()
+        .and_then(|rows| PackedLinear::new(&rows, bias.then_some(biases), first.precision()))
+        .map_err(|error| first.misshapen("weight", &error))
 }
 
 /// `N` linear layers over the same input: apart for training, one product for inference.
@@ -293,10 +285,18 @@ impl<const N: usize> Fan<N> {
 /// `torch.nn.Conv2d` over channel-last images: `weight [out, in / groups, k, k]`, `bias [out]`.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
-    weight: Tensor<4>,
-    bias: Option<Tensor<1>>,
+    weight: ConvWeight,
     geometry: ConvGeometry,
     precision: Precision,
+}
+
+/// A convolution's weight and bias.
+#[derive(Clone, Debug)]
+enum ConvWeight {
+    /// For training, and for every device.
+    Plain(Box<(Tensor<4>, Option<Tensor<1>>)>),
+    /// For inference on the CPU.
+    Packed(Arc<PackedConv2d>, Option<Arc<[f32]>>),
 }
 
 /// The static part of a [`Conv2d`].
@@ -330,24 +330,70 @@ impl ConvSpec {
     }
 }
 
+impl ConvSpec {
+    fn weight_shape(&self) -> [usize; 4] {
+        let Self {
+            inputs,
+            outputs,
+            kernel,
+            groups,
+            ..
+        } = *self;
+        [outputs, inputs / groups, kernel, kernel]
+    }
+
+    pub(crate) fn init(&self) -> Init {
+        let [_, inputs, height, width] = self.weight_shape();
+        fan_in_init(inputs * height * width)
+    }
+
+    /// The convolution's weights and bias, packed.
+    pub(crate) fn pack(
+        &self,
+        p: &Params<'_>,
+    ) -> Result<(PackedConv2d, Option<Vec<f32>>), WeightError> {
+        let weight = p.values("weight", &self.weight_shape(), self.init())?;
+        let bias = self
+            .bias
+            .then(|| p.values("bias", &[self.outputs], self.init()));
+        let conv = nitro_ops::Conv2d {
+            batch: 1,
+            height: 0,
+            width: 0,
+            in_channels: self.inputs,
+            out_channels: self.outputs,
+            kernel: [self.kernel; 2],
+            stride: self.stride,
+            padding: self.kernel / 2,
+            groups: self.groups,
+        };
+        let packed = PackedConv2d::new(&conv, &weight, p.precision())
+            .map_err(|error| p.misshapen("weight", &error))?;
+        Ok((packed, bias.transpose()?))
+    }
+}
+
 impl Conv2d {
     /// The convolution that `spec` describes.
     pub fn new(p: &Params<'_>, spec: ConvSpec) -> Result<Self, WeightError> {
         let ConvSpec {
-            inputs,
             outputs,
             kernel,
             stride,
             groups,
             bias,
+            ..
         } = spec;
-        let per_group = inputs / groups;
-        let init = fan_in_init(per_group * kernel * kernel);
+        let weight = if p.packs() {
+            let (packed, bias) = spec.pack(p)?;
+            ConvWeight::Packed(Arc::new(packed), bias.map(Arc::from))
+        } else {
+            let weight = p.tensor("weight", spec.weight_shape(), spec.init())?;
+            let bias = bias.then(|| p.tensor("bias", [outputs], spec.init()));
+            ConvWeight::Plain(Box::new((weight, bias.transpose()?)))
+        };
         Ok(Self {
-            weight: p.tensor("weight", [outputs, per_group, kernel, kernel], init)?,
-            bias: bias
-                .then(|| p.tensor("bias", [outputs], init))
-                .transpose()?,
+            weight,
             geometry: ConvGeometry {
                 stride,
                 padding: kernel / 2,
@@ -364,14 +410,16 @@ impl Conv2d {
 
     /// `activation(conv(x))` in one pass.
     pub fn forward_with(&self, x: Tensor<4>, activation: Activation) -> Tensor<4> {
-        conv2d(
-            x,
-            &self.weight,
-            self.bias.as_ref(),
-            self.geometry,
-            activation,
-            self.precision,
-        )
+        match &self.weight {
+            ConvWeight::Plain(plain) => {
+                let (weight, bias) = &**plain;
+                let (geometry, precision) = (self.geometry, self.precision);
+                conv2d(x, weight, bias.as_ref(), geometry, activation, precision)
+            }
+            ConvWeight::Packed(weight, bias) => {
+                conv2d_packed(x, weight, bias.as_deref(), activation)
+            }
+        }
     }
 }
 

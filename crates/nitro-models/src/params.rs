@@ -7,7 +7,7 @@
 use std::fmt;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use nitro_ops::{ElementType, Precision, can_pack};
+use nitro_ops::{ElementType, Precision, Rows, can_pack};
 
 use crate::{StoredTable, WeightError};
 
@@ -245,6 +245,33 @@ impl<'a> Params<'a> {
         init: Init,
     ) -> Result<Elements<'a>, WeightError> {
         self.source.elements(&self.spec(leaf, shape, init, true))
+    }
+
+    /// The values of the trainable parameter `leaf`, for packing.
+    pub(crate) fn values(
+        &self,
+        leaf: &str,
+        shape: &[usize],
+        init: Init,
+    ) -> Result<Vec<f32>, WeightError> {
+        match self.elements(leaf, shape, init)? {
+            Elements::Values(values) => Ok(values),
+            Elements::Stored(bytes, element) => {
+                let mut values = vec![0.0; shape.iter().product()];
+                Rows::new(bytes, element, 1, values.len())
+                    .map_err(|error| self.misshapen(leaf, &error))?
+                    .read(0, &mut values);
+                Ok(values)
+            }
+        }
+    }
+
+    /// Elements of `leaf` that are not as long as their shape: the source contradicts itself.
+    pub(crate) fn misshapen(&self, leaf: &str, error: &dyn fmt::Display) -> WeightError {
+        WeightError::Config {
+            origin: self.name(leaf),
+            reason: error.to_string(),
+        }
     }
 
     /// The matrix `leaf` where the source has it, if it can stay there.

@@ -4,12 +4,15 @@ use burn::tensor::Tensor;
 use burn::tensor::module::conv2d as burn_conv2d;
 use burn::tensor::ops::ConvOptions;
 
-use nitro_kernels::conv::{Conv2d, conv2d_backward_input, conv2d_backward_weight, conv2d_forward};
+use nitro_kernels::conv::{
+    Conv2d, PackedConv2d, conv2d_backward_input, conv2d_backward_weight, conv2d_forward,
+};
 use nitro_kernels::gemm::{Epilogue, MatRef, column_sum};
 
 use crate::fused::{Array, FusedOp, Handle, apply};
 use crate::linear::{activate, activation_backward, kernel};
-use crate::{Activation, Precision};
+use crate::packed::host_array;
+use crate::{Activation, Precision, profile};
 
 /// Stride, padding and groups of a convolution; the kernel's size is its weight's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +57,33 @@ pub fn conv2d(
     let x = x.permute([0, 3, 1, 2]);
     let y = burn_conv2d(x, weight.clone(), bias.cloned(), options);
     activate(activation, y.permute([0, 2, 3, 1]))
+}
+
+/// [`conv2d`] with weights packed once, on the CPU and without gradients.
+///
+/// # Panics
+/// If `x` is not an `f32` tensor on the CPU, or its channels are not the convolution's.
+pub fn conv2d_packed(
+    x: Tensor<4>,
+    weight: &PackedConv2d,
+    bias: Option<&[f32]>,
+    activation: Activation,
+) -> Tensor<4> {
+    let [batch, height, width, _] = x.dims();
+    let [out_height, out_width, channels] = weight.output_dims([height, width]);
+    let size = [batch, height, width];
+    let _scope = profile::scope(|| {
+        let name = format!("PackedConv2d {:?} -> {channels}", x.dims());
+        (name, weight.flop(size))
+    });
+    let mut y = vec![0.0; batch * out_height * out_width * channels];
+    let epilogue = Epilogue {
+        bias,
+        activation,
+        pre_activation: None,
+    };
+    kernel(weight.forward(host_array(&x).data(), size, &mut y, false, epilogue));
+    Array::new(y, &[batch, out_height, out_width, channels]).into_tensor()
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -17,9 +17,10 @@ mod norm;
 mod packed;
 pub mod profile;
 mod resample;
+mod stages;
 
 pub use attention::{AttentionShape, Qkv, attention, joint_attention, relu_linear_attention};
-pub use conv::{ConvGeometry, conv2d};
+pub use conv::{ConvGeometry, conv2d, conv2d_packed};
 pub use elementwise::{gate_residual, gelu, gelu_tanh, silu, silu_gated};
 pub use linear::{Activation, activate, linear};
 pub use norm::{layer_norm_modulate, rms_norm};
@@ -28,6 +29,11 @@ pub use packed::{
     can_pack, linear_packed, mask_values, packed_block,
 };
 pub use resample::{pixel_shuffle, pixel_unshuffle, upsample_nearest_2x};
+pub use stages::{
+    Conv2d, EfficientVit, EfficientVitWeights, Entry, Head, KernelError, MixedScale, Norm,
+    PackedConv2d, ResidualBlock, Stage, Stages, WinogradConv, WinogradForm, run_efficient_vit,
+    run_stages,
+};
 
 /// How products are computed; accumulation is always `f32`.
 pub use nitro_kernels::isa::Precision;

@@ -265,7 +265,7 @@ pub fn mask_values(mask: Tensor<2, Bool>) -> Arc<[bool]> {
     mask.into_data().iter::<bool>().collect()
 }
 
-fn host_array<const D: usize>(x: &Tensor<D>) -> Array {
+pub(crate) fn host_array<const D: usize>(x: &Tensor<D>) -> Array {
     match Handle::of(x).map(Handle::into_array) {
         Some(array) => array,
         None => panic!("packed weights need f32 tensors on the CPU"),

@@ -32,6 +32,7 @@ pub struct PipelineBuilder {
     device: Device,
     loras: Vec<(PathBuf, f64)>,
     hub: HubOptions,
+    tile: Option<usize>,
     on_part: Box<dyn Fn(&str)>,
 }
 
@@ -55,6 +56,7 @@ impl PipelineBuilder {
             device: Device::default(),
             loras: Vec::new(),
             hub: HubOptions::from_env(),
+            tile: None,
             on_part: Box::new(|_| {}),
         }
     }
@@ -92,6 +94,13 @@ impl PipelineBuilder {
     /// How the Hub is spoken to; by default as the environment says.
     pub fn hub(mut self, options: HubOptions) -> Self {
         self.hub = options;
+        self
+    }
+
+    /// How many rows of a picture the image decoder works on at a time; by default as many as run
+    /// fastest. Fewer take less memory; the picture is the same to the last bit.
+    pub fn tile(mut self, rows: usize) -> Self {
+        self.tile = Some(rows);
         self
     }
 
@@ -172,7 +181,9 @@ impl PipelineBuilder {
         (self.on_part)("image decoder");
         let autoencoder_file = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
         let weights = open_weights(&autoencoder_file)?;
-        let decoder = Decoder::new(&autoencoder, &Params::new(&weights, device, precision))?;
+        let params = Params::new(&weights, device, precision).for_inference();
+        let mut decoder = Decoder::new(&autoencoder, &params)?;
+        decoder.set_tile(self.tile);
         let encoder = Arc::new(OnceLock::new());
         let load_time = began.elapsed();
 
@@ -356,10 +367,8 @@ pub(crate) fn load_encoder(
     precision: Precision,
 ) -> Result<Encoder, PipelineError> {
     let weights = open_weights(weights)?;
-    Ok(Encoder::new(
-        config,
-        &Params::new(&weights, device, precision),
-    )?)
+    let params = Params::new(&weights, device, precision).for_inference();
+    Ok(Encoder::new(config, &params)?)
 }
 
 fn check_fit(

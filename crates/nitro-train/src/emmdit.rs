@@ -103,7 +103,8 @@ impl<'a> EmmditTraining<'a> {
         let dir = task.frozen.join("dc-ae");
         let dcae: DcaeConfig = read_config(&dir.join("config.json"))?;
         let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
-        let decoder = Decoder::new(&dcae, &Params::new(&files, &device, precision))?;
+        let params = Params::new(&files, &device, precision).for_inference();
+        let decoder = Decoder::new(&dcae, &params)?;
         if task.model.repa.is_some() != task.repa.is_some() {
             return Err(TrainError::Config {
                 origin: "task".into(),

@@ -38,7 +38,8 @@ pub fn precompute(
     let dir = frozen.join("dc-ae");
     let config = read_config::<DcaeConfig>(&dir.join("config.json"))?;
     let files = WeightFiles::open(dir.join("diffusion_pytorch_model.safetensors"))?;
-    let encoder = Encoder::new(&config, &Params::new(&files, &Device::flex(), precision))?;
+    let params = Params::new(&files, &Device::flex(), precision).for_inference();
+    let encoder = Encoder::new(&config, &params)?;
     std::fs::create_dir_all(out).map_err(|source| TrainError::Io {
         path: out.to_owned(),
         source,

@@ -1,7 +1,7 @@
 //! The ReLU linear attention of DC-AE's EfficientViT blocks, forward and backward.
 
 use super::{Workspace, workspace_len};
-use crate::error::{KernelError, check_eq};
+use crate::error::{KernelError, check_eq, check_len};
 use crate::pool::{Scratch, SharedPtr, par_for};
 use crate::simd::{Level, simd_kernel};
 use crate::tile::{Left, Out, Right, Size, Start, multiply};
@@ -347,10 +347,33 @@ fn forward(
     qkv: &[f32],
     out: &mut [f32],
 ) -> Result<(), KernelError> {
-    check(shape, qkv.len(), out.len())?;
+    linear_attention_columns(level, shape, qkv, out, shape.groups * shape.head_dim, 0)
+}
+
+/// [`relu_linear_attention_forward`] into columns `column..` of rows of `width` values.
+pub(crate) fn linear_attention_columns(
+    level: Level,
+    shape: LinearAttentionShape,
+    qkv: &[f32],
+    out: &mut [f32],
+    width: usize,
+    column: usize,
+) -> Result<(), KernelError> {
+    let narrow = shape.groups * shape.head_dim;
+    let rows = shape.batch * shape.tokens;
+    check(shape, qkv.len(), rows * narrow)?;
+    check_eq("linear attention output length", rows * width, out.len())?;
+    check_len("linear attention output columns", column + narrow, width)?;
     let out = SharedPtr(out.as_mut_ptr());
     par_for(shape.batch * shape.groups, |index| {
-        let unit = Unit::new(level, shape, index);
+        let mut unit = Unit::new(level, shape, index);
+        unit.out = Head {
+            start: index / shape.groups * shape.tokens * width
+                + column
+                + index % shape.groups * shape.head_dim,
+            width,
+            dim: shape.head_dim,
+        };
         let Unit {
             dim,
             padded,

@@ -19,6 +19,7 @@ mod tests;
 
 pub use heads::Rotary;
 pub(crate) use heads::{HeadOutput, HeadStream, Heads, MAX_STREAMS};
+pub(crate) use linear::linear_attention_columns;
 pub use linear::{
     LinearAttentionShape, relu_linear_attention_backward, relu_linear_attention_forward,
 };

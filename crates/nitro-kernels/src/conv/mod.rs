@@ -8,13 +8,24 @@
 mod depthwise;
 mod direct;
 mod grouped;
+mod norm;
+mod shortcut;
+mod stages;
 mod weight_grad;
+mod winograd;
+
+use std::ops::Range;
 
 use crate::error::{KernelError, check_eq, check_len};
 use crate::gemm::{self, Epilogue, KernelSet, MatRef, PackedB};
 use crate::isa::{Isa, Precision};
 use direct::{Direct, PackedDirect, Weights};
 use grouped::PackedGroups;
+
+pub use norm::Norm;
+pub(crate) use norm::add_norm_rows;
+pub use stages::{Entry, Head, ResidualBlock, Stage, Stages};
+pub use winograd::{Finish, ImageRows, WinogradConv, WinogradForm};
 
 /// The sizes of a convolution. Activations are `[batch, height, width, channels]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -323,6 +334,108 @@ impl PackedConv2d {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Channels of the input.
+    pub fn inputs(&self) -> usize {
+        self.conv.in_channels
+    }
+
+    /// Floating-point operations of one pass over images of this size (see [`Conv2d::flop`]).
+    pub fn flop(&self, [batch, height, width]: [usize; 3]) -> f64 {
+        let conv = Conv2d {
+            batch,
+            height,
+            width,
+            ..self.conv
+        };
+        conv.flop()
+    }
+
+    /// Height, width and channels of the result for an image of `height` x `width` pixels.
+    pub fn output_dims(&self, [height, width]: [usize; 2]) -> [usize; 3] {
+        let conv = Conv2d {
+            height,
+            width,
+            ..self.conv
+        };
+        [conv.out_height(), conv.out_width(), conv.out_channels]
+    }
+
+    /// The input rows that output rows `rows` are computed from, of an image of `height` rows.
+    pub fn rows_needed(&self, rows: Range<usize>, height: usize) -> Range<usize> {
+        let Conv2d {
+            stride,
+            padding,
+            kernel,
+            ..
+        } = self.conv;
+        let from = (rows.start * stride).saturating_sub(padding).min(height);
+        let to = (rows.end * stride + kernel[0])
+            .saturating_sub(stride + padding)
+            .clamp(from, height);
+        from..to
+    }
+
+    /// Output rows `rows` of one image of `height` x `width` pixels, of which `input` holds at least
+    /// [`rows_needed`](Self::rows_needed); `out` is those output rows. For dense convolutions that are
+    /// larger than 1 x 1.
+    ///
+    /// # Errors
+    /// If a slice has another length than its shape, rows are missing, or the convolution is another.
+    pub fn forward_rows(
+        &self,
+        [height, width]: [usize; 2],
+        input: ImageRows<'_>,
+        rows: Range<usize>,
+        out: &mut [f32],
+        accumulate: bool,
+        epilogue: Epilogue<'_>,
+    ) -> Result<(), KernelError> {
+        let conv = Conv2d {
+            batch: 1,
+            height,
+            width,
+            ..self.conv
+        };
+        conv.check()?;
+        let Packed::Dense(weights) = &self.weights else {
+            return Err(KernelError::Unsupported {
+                what: "conv2d by rows, groups",
+                value: conv.groups,
+                help: "use a dense convolution that is larger than 1 x 1",
+            });
+        };
+        let out_row = conv.out_width() * conv.out_channels;
+        check_eq("conv2d: output elements", rows.len() * out_row, out.len())?;
+        check_len("conv2d: output rows", rows.end, conv.out_height())?;
+        let needed = self.rows_needed(rows.clone(), height);
+        let row = width * conv.in_channels;
+        check_len(
+            "conv2d: input rows before the first",
+            input.first,
+            needed.start,
+        )?;
+        let held = input.data.len() / row.max(1);
+        check_len("conv2d: input rows", needed.end - input.first, held)?;
+        if let Some(bias) = epilogue.bias {
+            check_eq("conv2d: bias values", conv.out_channels, bias.len())?;
+        }
+        if let Some(pre_activation) = &epilogue.pre_activation {
+            check_len("conv2d: pre-activation", out.len(), pre_activation.len())?;
+        }
+        // The rows held are an image of their own: rows before it are zeros where they are missing,
+        // rows skipped where it begins earlier.
+        let whole = Direct::forward(&conv, 0, conv.in_channels, conv.out_channels);
+        let direct = Direct {
+            height: held.min(height - input.first),
+            pad_top: (conv.padding + input.first) as isize - (rows.start * conv.stride) as isize,
+            out_height: rows.len(),
+            out_image: rows.len() * out_row,
+            ..whole
+        };
+        direct.run(&self.set, weights, input.data, out, accumulate, epilogue);
         Ok(())
     }
 }

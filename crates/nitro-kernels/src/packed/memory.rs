@@ -56,14 +56,14 @@ impl Chunk {
 static CURRENT: Mutex<Option<(Arc<Chunk>, usize)>> = Mutex::new(None);
 
 /// A piece of zeroed memory, aligned to 64 bytes.
-pub(super) struct Piece {
+pub(crate) struct Piece {
     chunk: Arc<Chunk>,
     offset: usize,
     len: usize,
 }
 
 impl Piece {
-    pub(super) fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> Self {
         let rounded = len.next_multiple_of(ALIGN);
         if rounded > CHUNK / 2 {
             let chunk = Arc::new(Chunk::new(rounded));
@@ -87,15 +87,15 @@ impl Piece {
         }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn as_ptr(&self) -> *const u8 {
+    pub(crate) fn as_ptr(&self) -> *const u8 {
         self.chunk.start.wrapping_add(self.offset)
     }
 
-    pub(super) fn as_mut_ptr(&mut self) -> *mut u8 {
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
         self.chunk.start.wrapping_add(self.offset)
     }
 }

@@ -9,7 +9,7 @@
 //! meanwhile. With the few rows of this project's models (80 to 400) that is what decides the speed.
 
 mod activations;
-mod memory;
+pub(crate) mod memory;
 mod product;
 mod sink;
 mod tile;

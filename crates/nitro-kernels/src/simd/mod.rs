@@ -120,6 +120,32 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn ldexp(self, a: Self::V, n: Self::V) -> Self::V;
     /// `a > b ? x : y` per lane.
     fn select_gt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// Reads `LANES` integers as `f32`.
+    ///
+    /// # Safety
+    /// `p` must be readable for `LANES` integers.
+    #[inline(always)]
+    unsafe fn load_i32_ptr(self, p: *const i32) -> Self::V {
+        let mut lanes = [0.0_f32; 16];
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: the caller vouches for the integers.
+            *lane = unsafe { p.add(i).read_unaligned() } as f32;
+        }
+        self.load(&lanes)
+    }
+    /// Writes the lanes rounded to the nearest 16-bit integer (ties to even), saturating.
+    ///
+    /// # Safety
+    /// `p` must be writable for `LANES` integers.
+    #[inline(always)]
+    unsafe fn store_i16_ptr(self, p: *mut i16, v: Self::V) {
+        let mut lanes = [0.0_f32; 16];
+        self.store(&mut lanes, v);
+        for (i, lane) in lanes.iter().enumerate().take(Self::LANES) {
+            // SAFETY: the caller vouches for the integers.
+            unsafe { p.add(i).write_unaligned(lane.round_ties_even() as i16) };
+        }
+    }
     /// Sum of all lanes.
     fn sum(self, a: Self::V) -> f32;
     /// Largest lane.

@@ -123,6 +123,19 @@ impl Simd for Avx512 {
         unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x) }
     }
     #[inline(always)]
+    unsafe fn load_i32_ptr(self, p: *const i32) -> __m512 {
+        // SAFETY: the caller vouches for 16 readable integers.
+        unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_i16_ptr(self, p: *mut i16, v: __m512) {
+        // SAFETY: the caller vouches for 16 writable integers.
+        unsafe {
+            let halves = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v));
+            _mm256_storeu_si256(p.cast(), halves);
+        }
+    }
+    #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
         // SAFETY: arithmetic; see the module's comment.
         unsafe { _mm512_reduce_add_ps(a) }

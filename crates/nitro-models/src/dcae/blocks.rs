@@ -1,12 +1,15 @@
 //! The blocks that DC-AE's stages are made of. Images are channel-last, `[b, h, w, c]`, throughout.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 use nitro_ops::{
-    Activation, pixel_shuffle, pixel_unshuffle, relu_linear_attention, silu_gated,
-    upsample_nearest_2x,
+    Activation, EfficientVit, pixel_shuffle, pixel_unshuffle, relu_linear_attention,
+    run_efficient_vit, silu_gated, upsample_nearest_2x,
 };
 
 use super::config::{BlockType, Downsample, Stage, Upsample};
+use super::packed;
 use crate::layers::{Conv2d, ConvSpec, Linear, RmsNorm};
 use crate::{Params, WeightError};
 
@@ -22,6 +25,8 @@ pub(super) const GLU_RATIO: usize = 4;
 pub(super) enum Block {
     Res(Box<ResBlock>),
     EfficientViT(Box<EfficientViTBlock>),
+    /// The same in a model for inference.
+    Packed(Arc<EfficientVit>),
     Down(DownBlock),
     Up(UpBlock),
 }
@@ -31,6 +36,9 @@ impl Block {
     pub(super) fn new(p: &Params<'_>, stage: &Stage, head_dim: usize) -> Result<Self, WeightError> {
         Ok(match stage.block {
             BlockType::ResBlock => Self::Res(Box::new(ResBlock::new(p, stage)?)),
+            BlockType::EfficientViTBlock if p.packs() => {
+                Self::Packed(Arc::new(packed::efficient_vit(p, stage, head_dim)?))
+            }
             BlockType::EfficientViTBlock => {
                 Self::EfficientViT(Box::new(EfficientViTBlock::new(p, stage, head_dim)?))
             }
@@ -41,6 +49,7 @@ impl Block {
         match self {
             Self::Res(block) => block.forward(x),
             Self::EfficientViT(block) => block.forward(x),
+            Self::Packed(block) => run_efficient_vit(x, block),
             Self::Down(block) => block.forward(x),
             Self::Up(block) => block.forward(x),
         }

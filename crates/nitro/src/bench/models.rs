@@ -127,16 +127,15 @@ impl<'a> Models<'a> {
     fn make(&mut self, part: Part) -> Result<(), BenchError> {
         let before = resident_memory();
         let source = Formula::new();
-        let params = Params::new(&source, &self.device, self.precision);
         // As the pipeline loads them.
-        let packed = params.for_inference();
+        let params = Params::new(&source, &self.device, self.precision).for_inference();
         let begun = Instant::now();
         match part {
-            Part::Emmdit => self.emmdit = Some(Emmdit::new(&self.suite.emmdit, &packed)?),
+            Part::Emmdit => self.emmdit = Some(Emmdit::new(&self.suite.emmdit, &params)?),
             Part::LargeEmmdit => {
-                self.large_emmdit = Some(Emmdit::new(&self.suite.large_emmdit, &packed)?);
+                self.large_emmdit = Some(Emmdit::new(&self.suite.large_emmdit, &params)?);
             }
-            Part::Llama => self.llama = Some(Llama::new(&self.suite.llama, &packed)?),
+            Part::Llama => self.llama = Some(Llama::new(&self.suite.llama, &params)?),
             Part::Decoder => self.decoder = Some(Decoder::new(&self.suite.dcae, &params)?),
             Part::Encoder => self.encoder = Some(Encoder::new(&self.suite.dcae, &params)?),
         }

@@ -50,6 +50,10 @@ pub(super) struct ModelArgs {
     /// memory (8-bit weights in transformer and text encoder)
     #[arg(long, value_enum, default_value_t = PrecisionName::F32)]
     precision: PrecisionName,
+    /// Rows of a picture that are decoded at a time [default: as many as run fastest]; fewer take less
+    /// memory, and the picture is the same
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u16).range(1..))]
+    tile: Option<u16>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -160,6 +164,9 @@ impl ModelArgs {
         if let Some(side) = side {
             builder = builder.resolution(side);
         }
+        if let Some(rows) = self.tile {
+            builder = builder.tile(usize::from(rows));
+        }
         self.with_loras(builder)
     }
 
@@ -176,6 +183,9 @@ impl ModelArgs {
         }
         if let PrecisionName::Bf16 = self.precision {
             line.push("--precision bf16".to_owned());
+        }
+        if let Some(rows) = self.tile {
+            line.push(format!("--tile {rows}"));
         }
         line.join(" ")
     }

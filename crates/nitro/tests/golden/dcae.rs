@@ -23,7 +23,9 @@ fn forward(case: &Case, report: &mut Report) -> Result<()> {
     let config: DcaeConfig = case.get("/config")?;
     let weights = case.weights()?;
     let device = Device::flex();
-    let model = Dcae::new(&config, &Params::new(&weights, &device, Precision::F32))?;
+    let params = Params::new(&weights, &device, Precision::F32);
+    let model = Dcae::new(&config, &params)?;
+    let packed = Dcae::new(&config, &params.for_inference())?;
     weights.finish(&[])?;
     let (inputs, outputs) = (case.tensors("inputs")?, case.tensors("outputs")?);
     let tolerance = case.rel_l2()?;
@@ -55,6 +57,10 @@ fn forward(case: &Case, report: &mut Report) -> Result<()> {
         seen.push((format!("{tag}.reconstruction"), model.decode(latent)?));
         let unscaled = model.decode(z / config.scaling_factor)?;
         seen.push((format!("{tag}.decoded_from_scaled"), unscaled));
+        // As it is when it paints: with packed weights, fine stages in bands.
+        let latent = packed.encode(inputs.tensor(&format!("x_{tag}"))?)?;
+        seen.push((format!("{tag}.latent"), latent.clone()));
+        seen.push((format!("{tag}.reconstruction"), packed.decode(latent)?));
         for (name, value) in seen.into_iter().filter(|(name, _)| outputs.has(name)) {
             outputs.close(report, &name, &values(value)?, tolerance)?;
         }

@@ -31,12 +31,8 @@ pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
         }
         let tolerance = case.get(&format!("/tolerance/{key}"))?;
         let params = Params::new(&weights, &Device::flex(), precision);
-        // The other models as they are when they paint: with packed weights.
-        let params = if autoencoder {
-            params
-        } else {
-            params.for_inference()
-        };
+        // As they are when they paint: with packed weights.
+        let params = params.for_inference();
         // The model is told by the form of its configuration.
         let config = &case.json["config"];
         if is_quick(case) {
