@@ -122,12 +122,13 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Event<'_>) -> ControlFlow<()>;
 /// pool the caller runs in.
 pub fn run(suite: &Suite, options: &Options, observer: Observer<'_>) -> Result<Report, BenchError> {
     tell(observer, &Event::Peaks)?;
+    let bare_memory = machine::resident_memory();
     let machine = Machine::this();
     let peaks = Peaks::measure();
     tell(observer, &Event::PeaksDone(&machine, &peaks))?;
     let (mut stages, mut loads) = (Vec::new(), Vec::new());
     for &precision in &options.precisions {
-        let mut models = Models::new(suite, precision);
+        let mut models = Models::new(suite, precision, bare_memory);
         for &stage in &options.stages {
             if let Some(reason) = stage.refusal(precision) {
                 let event = Event::Skipped {

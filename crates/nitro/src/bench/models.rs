@@ -62,10 +62,16 @@ pub(super) struct Models<'a> {
     decoder: Option<Decoder>,
     encoder: Option<Encoder>,
     loads: Vec<LoadReport>,
+    /// Memory of the program without models, in MiB.
+    bare_memory: Option<u64>,
+    /// Memory of the models at hand, in MiB.
+    held: Vec<(Part, u64)>,
 }
 
 impl<'a> Models<'a> {
-    pub(super) fn new(suite: &'a Suite, precision: Precision) -> Self {
+    /// None yet. `bare_memory` is what the program held before anything was measured: memory that was
+    /// freed since may not have gone back to the system yet.
+    pub(super) fn new(suite: &'a Suite, precision: Precision, bare_memory: Option<u64>) -> Self {
         Self {
             suite,
             precision,
@@ -76,6 +82,8 @@ impl<'a> Models<'a> {
             decoder: None,
             encoder: None,
             loads: Vec::new(),
+            bare_memory,
+            held: Vec::new(),
         }
     }
 
@@ -105,6 +113,7 @@ impl<'a> Models<'a> {
         self.llama.take_if(|_| !keep(Part::Llama));
         self.decoder.take_if(|_| !keep(Part::Decoder));
         self.encoder.take_if(|_| !keep(Part::Encoder));
+        self.held.retain(|(part, _)| keep(*part));
         for &part in parts {
             if !self.has(part) {
                 tell(observer, &Event::Loading(part.name()))?;
@@ -125,7 +134,6 @@ impl<'a> Models<'a> {
     }
 
     fn make(&mut self, part: Part) -> Result<(), BenchError> {
-        let before = resident_memory();
         let source = Formula::new();
         // As the pipeline loads them.
         let params = Params::new(&source, &self.device, self.precision).for_inference();
@@ -140,15 +148,18 @@ impl<'a> Models<'a> {
             Part::Encoder => self.encoder = Some(Encoder::new(&self.suite.dcae, &params)?),
         }
         let whole = begun.elapsed();
+        let others: u64 = self.held.iter().map(|(_, mib)| mib).sum();
+        let resident_mib = resident_memory()
+            .zip(self.bare_memory)
+            .map(|(now, bare)| now.saturating_sub(bare + others));
+        self.held.push((part, resident_mib.unwrap_or(0)));
         if self.loads.iter().all(|load| load.model != part.name()) {
             self.loads.push(LoadReport {
                 model: part.name(),
                 precision: self.precision.name(),
                 parameters: source.parameters.get(),
-                load_ms: (whole.saturating_sub(source.time.get())).as_secs_f64() * 1e3,
-                resident_mib: resident_memory()
-                    .zip(before)
-                    .map(|(after, before)| after.saturating_sub(before)),
+                load_ms: whole.saturating_sub(source.time.get()).as_secs_f64() * 1e3,
+                resident_mib,
             });
         }
         Ok(())
