@@ -15,9 +15,11 @@ mod emmdit;
 mod files;
 mod full_size;
 mod llama;
+mod mds;
 mod pipeline;
 mod text;
 mod train_steps;
+mod transforms;
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -39,10 +41,12 @@ const SUITES: &[Suite] = &[
     ("flow_match_euler", diffusion::flow_match_euler),
     ("full_size", full_size::run),
     ("llama", llama::run),
+    ("mds", mds::run),
     ("pipeline", pipeline::run),
     ("text_clean", text::clean),
     ("torch_rng", diffusion::torch_rng),
     ("train_steps", train_steps::run),
+    ("transforms", transforms::run),
 ];
 
 #[test]
@@ -57,7 +61,11 @@ fn every_case_of_every_known_suite_matches() {
     let mut summary = Vec::new();
     let mut failures = 0;
     for case in cases.iter().filter(|case| case.title().contains(&only)) {
-        let Some((_, run)) = SUITES.iter().find(|(suite, _)| *suite == case.suite) else {
+        let suite = match transforms::is_transforms(case) {
+            true => "transforms",
+            false => case.suite.as_str(),
+        };
+        let Some((_, run)) = SUITES.iter().find(|(name, _)| *name == suite) else {
             uncovered.insert(case.suite.as_str());
             continue;
         };

@@ -1,0 +1,1 @@
+//! Raw image-text sets to shards.
