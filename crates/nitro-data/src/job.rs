@@ -9,8 +9,10 @@
 //!
 //! `index.json` is written at the end, as every reader expects.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Seek, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -19,13 +21,105 @@ use serde_json::Value as Json;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::files::{read, write_whole};
-use crate::mds::{INDEX, Index, Schema, ShardInfo, Value, Writer, WriterOptions};
+use crate::mds::{
+    INDEX, Index, Schema, ShardInfo, Value, Writer, WriterOptions, merge_index,
+};
 use crate::{DataError, Result};
 
 /// Name of the job file.
 pub const JOB: &str = "nitro-job.json";
 const PENDING: &str = "nitro-job.pending";
 const LOCK: &str = "nitro-job.lock";
+
+/// What a job did with the records it has seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Samples written.
+    pub written: u64,
+    /// Records left out, by reason.
+    pub skipped: BTreeMap<String, Skipped>,
+}
+
+/// Records left out for one reason.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// How many, exactly.
+    pub count: u64,
+    /// The first few, with details.
+    pub examples: Vec<String>,
+}
+
+/// Records that are remembered of each reason.
+const EXAMPLES: usize = 5;
+
+impl Tally {
+    /// Counts a record that is left out.
+    pub fn skip(&mut self, reason: &str, record: impl FnOnce() -> String) {
+        let skipped = self.skipped.entry(reason.to_owned()).or_default();
+        skipped.count += 1;
+        if skipped.examples.len() < EXAMPLES {
+            skipped.examples.push(record());
+        }
+    }
+
+    /// Records left out for all reasons.
+    pub fn skipped(&self) -> u64 {
+        self.skipped.values().map(|skipped| skipped.count).sum()
+    }
+
+    /// Written and left out.
+    pub fn seen(&self) -> u64 {
+        self.written + self.skipped()
+    }
+}
+
+/// Which share of a job this process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// This process, from 0.
+    pub rank: usize,
+    /// Processes that share the job.
+    pub ranks: usize,
+}
+
+impl Share {
+    /// The whole job.
+    pub const WHOLE: Share = Share { rank: 0, ranks: 1 };
+
+    /// The folder of this process: `out` itself if it works alone, else `out/RANK`.
+    ///
+    /// # Errors
+    /// A rank outside of the ranks.
+    pub fn folder(self, out: &Path) -> Result<PathBuf> {
+        match self {
+            Share { rank: 0, ranks: 1 } => Ok(out.to_owned()),
+            Share { rank, ranks } if rank < ranks => Ok(out.join(rank.to_string())),
+            Share { rank, ranks } => Err(DataError::Order(format!(
+                "rank {rank} of {ranks}; expected a rank below the number of ranks"
+            ))),
+        }
+    }
+
+    /// The part of `count` things that is this process's: contiguous, so that the merged dataset
+    /// has them in order.
+    pub fn range(self, count: usize) -> Range<usize> {
+        count * self.rank / self.ranks..count * (self.rank + 1) / self.ranks
+    }
+
+    /// Joins the folders of all ranks in `out/index.json` once all are finished. Says whether they
+    /// are.
+    pub fn merge(self, out: &Path) -> Result<bool> {
+        if self.ranks == 1 {
+            return Ok(true);
+        }
+        let parts: Vec<PathBuf> = (0..self.ranks).map(|r| PathBuf::from(r.to_string())).collect();
+        if !parts.iter().all(|part| out.join(part).join(INDEX).exists()) {
+            return Ok(false);
+        }
+        // Ranks that finish together write the same index.
+        merge_index(out, &parts).map(|_| true)
+    }
+}
 
 #[derive(Serialize, Deserialize)]
 struct State<P> {

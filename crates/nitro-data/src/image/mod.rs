@@ -3,6 +3,7 @@
 //! [`resize`] computes what Pillow computes, bit by bit, so the transforms of the official pipeline
 //! (`Resize`, `CenterCrop`, `ToTensor`, `Normalize` on PIL pictures) have their exact pixels here.
 
+mod jpeg;
 mod resize;
 mod transform;
 
@@ -19,7 +20,7 @@ pub use transform::{
 use crate::mds::Pixels;
 
 /// Pixels that a picture may have at most; a larger one is taken for damaged or hostile.
-const MOST_PIXELS: u64 = 1 << 28;
+const MOST_PIXELS: u64 = 1 << 27;
 
 /// Width and height of an encoded picture, from its head alone.
 pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
@@ -33,9 +34,15 @@ pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
     }
 }
 
-/// Decodes JPEG, PNG or WebP to RGB. Transparency is dropped, as PIL's `convert("RGB")` does.
+/// Decodes JPEG, PNG or WebP to RGB, with PIL's pixels. Transparency is dropped, as PIL's
+/// `convert("RGB")` does.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, String> {
     dimensions(bytes)?;
+    if is_jpeg(bytes)
+        && let Some(picture) = jpeg::decode(bytes)?
+    {
+        return Ok(picture);
+    }
     let picture = image::load_from_memory(bytes).map_err(|e| e.to_string())?;
     Ok(picture.into_rgb8())
 }
