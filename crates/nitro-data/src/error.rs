@@ -23,7 +23,9 @@ pub enum DataError {
         reason: String,
     },
     /// A shard whose bytes are not what its index says.
-    #[error("damaged shard {shard}: {reason}; fetch it again, or allow damaged shards to be skipped")]
+    #[error(
+        "damaged shard {shard}: {reason}; fetch it again, or allow damaged shards to be skipped"
+    )]
     Damaged {
         /// The shard.
         shard: PathBuf,

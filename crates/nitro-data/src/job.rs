@@ -21,9 +21,7 @@ use serde_json::Value as Json;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::files::{read, write_whole};
-use crate::mds::{
-    INDEX, Index, Schema, ShardInfo, Value, Writer, WriterOptions, merge_index,
-};
+use crate::mds::{INDEX, Index, Schema, ShardInfo, Value, Writer, WriterOptions, merge_index};
 use crate::{DataError, Result};
 
 /// Name of the job file.
@@ -112,7 +110,9 @@ impl Share {
         if self.ranks == 1 {
             return Ok(true);
         }
-        let parts: Vec<PathBuf> = (0..self.ranks).map(|r| PathBuf::from(r.to_string())).collect();
+        let parts: Vec<PathBuf> = (0..self.ranks)
+            .map(|r| PathBuf::from(r.to_string()))
+            .collect();
         if !parts.iter().all(|part| out.join(part).join(INDEX).exists()) {
             return Ok(false);
         }
@@ -170,19 +170,25 @@ impl<P: Serialize + DeserializeOwned + Clone> Job<P> {
         let lock_path = dir.join(LOCK);
         let lock = File::create(&lock_path).map_err(DataError::io("open", &lock_path))?;
         if lock.try_lock().is_err() {
-            return Err(refuse("another process is writing here; let it finish".to_owned()));
+            return Err(refuse(
+                "another process is writing here; let it finish".to_owned(),
+            ));
         }
         let path = dir.join(JOB);
         let state: Option<State<P>> = match path.exists() {
             false => None,
             true => Some(serde_json::from_slice(&read(&path)?).map_err(|e| {
-                refuse(format!("{JOB} cannot be read ({e}); remove the folder to begin anew"))
+                refuse(format!(
+                    "{JOB} cannot be read ({e}); remove the folder to begin anew"
+                ))
             })?),
         };
         let columns = schema.pairs();
         let (progress, shards, committed, finished) = match state {
             None if dir.join(INDEX).exists() => {
-                return Err(refuse("holds a dataset already; choose another folder".to_owned()));
+                return Err(refuse(
+                    "holds a dataset already; choose another folder".to_owned(),
+                ));
             }
             None => (start, Vec::new(), 0, false),
             Some(state) => {

@@ -112,7 +112,9 @@ impl<T> Shared<T> {
     }
 
     fn wait<'a>(&self, queue: MutexGuard<'a, Queue<T>>) -> MutexGuard<'a, Queue<T>> {
-        self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
+        self.changed
+            .wait(queue)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -300,11 +302,18 @@ fn decode_batches<T>(
             let decoded = dataset.decoded(*index, |sample| decode(*index, sample))?;
             Ok(decoded.map(|item| (*index, item)))
         };
-        let work = || plan[number].iter().filter_map(|index| item(index).transpose()).collect();
+        let work = || {
+            plan[number]
+                .iter()
+                .filter_map(|index| item(index).transpose())
+                .collect()
+        };
         // A panic of `decode` must reach the trainer, who would wait for ever for the batch.
         let batch = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
         let batch = batch.unwrap_or_else(|_| {
-            Err(DataError::Order(format!("decoding batch {number} panicked; see above")))
+            Err(DataError::Order(format!(
+                "decoding batch {number} panicked; see above"
+            )))
         });
         queue = shared.lock();
         if queue.generation == generation {

@@ -18,7 +18,8 @@ fn open(dir: &Path, job: Json) -> nitro_data::Result<Job<u64>> {
 
 fn write(job: &mut Job<u64>, n: u64) {
     let text = Value::Str(format!("sample {n}"));
-    job.write(&[("n", Value::Int(n as i64)), ("text", text)], n + 1).unwrap();
+    job.write(&[("n", Value::Int(n as i64)), ("text", text)], n + 1)
+        .unwrap();
 }
 
 fn numbers(dir: &Path) -> Vec<i64> {
@@ -102,18 +103,27 @@ fn another_job_a_second_process_and_a_dataset_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut job = open(dir.path(), json!({"source": "a"})).unwrap();
     write(&mut job, 0);
-    let busy = open(dir.path(), json!({"source": "a"})).unwrap_err().to_string();
+    let busy = open(dir.path(), json!({"source": "a"}))
+        .unwrap_err()
+        .to_string();
     assert!(busy.contains("another process"), "{busy}");
     drop(job);
-    let other = open(dir.path(), json!({"source": "b"})).unwrap_err().to_string();
+    let other = open(dir.path(), json!({"source": "b"}))
+        .unwrap_err()
+        .to_string();
     assert!(other.contains("another job"), "{other}");
-    open(dir.path(), json!({"source": "a"})).unwrap().finish(1).unwrap();
+    open(dir.path(), json!({"source": "a"}))
+        .unwrap()
+        .finish(1)
+        .unwrap();
     // Finished: opening it again says so and finishing changes nothing.
     let again = open(dir.path(), json!({"source": "a"})).unwrap();
     assert!(again.is_finished());
     assert_eq!(again.finish(1).unwrap().samples(), 1);
     fs::remove_file(dir.path().join(JOB)).unwrap();
-    let taken = open(dir.path(), json!({"source": "a"})).unwrap_err().to_string();
+    let taken = open(dir.path(), json!({"source": "a"}))
+        .unwrap_err()
+        .to_string();
     assert!(taken.contains("holds a dataset"), "{taken}");
 }
 
@@ -123,7 +133,9 @@ fn ranks_are_merged_when_all_are_done() {
     let share = |rank| Share { rank, ranks: 3 };
     for rank in [2, 0, 1] {
         let mut job = open(&share(rank).folder(dir.path()).unwrap(), json!(rank)).unwrap();
-        share(rank).range(20).for_each(|n| write(&mut job, n as u64));
+        share(rank)
+            .range(20)
+            .for_each(|n| write(&mut job, n as u64));
         job.finish(20).unwrap();
         assert_eq!(share(rank).merge(dir.path()).unwrap(), rank == 1);
         assert_eq!(dir.path().join(INDEX).exists(), rank == 1);

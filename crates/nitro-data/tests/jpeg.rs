@@ -9,8 +9,12 @@ use proptest::prelude::*;
 
 fn files() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/jpeg");
-    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<PathBuf> = entries.filter(|p| p.extension().unwrap() == "jpg").collect();
+    let entries = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let mut files: Vec<PathBuf> = entries
+        .filter(|p| p.extension().unwrap() == "jpg")
+        .collect();
     files.sort();
     assert!(files.len() >= 12);
     files
@@ -33,14 +37,19 @@ fn a_file_that_ends_early_is_an_error() {
     for file in files() {
         let bytes = fs::read(&file).unwrap();
         for part in [3, 20, bytes.len() / 2, bytes.len() - 30] {
-            assert!(decode(&bytes[..part]).is_err(), "{} cut at {part}", file.display());
+            assert!(
+                decode(&bytes[..part]).is_err(),
+                "{} cut at {part}",
+                file.display()
+            );
         }
     }
 }
 
 #[test]
 fn what_is_encoded_here_is_decoded_here() {
-    let picture = image::RgbImage::from_fn(21, 34, |x, y| image::Rgb([x as u8 * 12, y as u8 * 7, 90]));
+    let picture =
+        image::RgbImage::from_fn(21, 34, |x, y| image::Rgb([x as u8 * 12, y as u8 * 7, 90]));
     let again = decode(&encode_jpeg(&picture, 100).unwrap()).unwrap();
     let pairs = again.as_raw().iter().zip(picture.as_raw());
     assert!(pairs.map(|(a, b)| a.abs_diff(*b)).max().unwrap() < 12);

@@ -33,10 +33,15 @@ fn loader(
     options: LoaderOptions,
     resume: Option<LoaderState>,
 ) -> Result<Loader<i64>> {
-    Loader::new(data.clone(), options, resume, |index, sample| match sample.value("n")? {
-        Value::Int(n) if n as usize == index => Ok(n),
-        other => panic!("sample {index} holds {other:?}"),
-    })
+    Loader::new(
+        data.clone(),
+        options,
+        resume,
+        |index, sample| match sample.value("n")? {
+            Value::Int(n) if n as usize == index => Ok(n),
+            other => panic!("sample {index} holds {other:?}"),
+        },
+    )
 }
 
 fn options(threads: usize) -> LoaderOptions {
@@ -63,14 +68,23 @@ fn batches_come_in_the_reference_order_whatever_the_threads() {
     let sizes = data.shard_sizes().concat();
     let mut expected = Vec::new();
     for epoch in 0..3 {
-        let work = Order::shuffled(8).work(&sizes, World::SINGLE, Place::epoch(epoch)).unwrap();
+        let work = Order::shuffled(8)
+            .work(&sizes, World::SINGLE, Place::epoch(epoch))
+            .unwrap();
         for batch in work.batches(0, 0, true) {
-            expected.push((epoch, batch.into_iter().map(|i| i as i64).collect::<Vec<_>>()));
+            expected.push((
+                epoch,
+                batch.into_iter().map(|i| i as i64).collect::<Vec<_>>(),
+            ));
         }
     }
     for threads in [1, 2, 5] {
         let mut loader = loader(&data, options(threads), None).unwrap();
-        assert_eq!(batches(&mut loader, expected.len()), expected, "{threads} threads");
+        assert_eq!(
+            batches(&mut loader, expected.len()),
+            expected,
+            "{threads} threads"
+        );
     }
 }
 
@@ -96,7 +110,11 @@ fn a_loader_goes_on_behind_any_batch() {
             let state = serde_json::to_string(&first.state()).unwrap();
             let state = serde_json::from_str(&state).unwrap();
             let mut rest = loader(&data, options.clone(), Some(state)).unwrap();
-            assert_eq!(batches(&mut rest, 60 - done), all[done..], "rank {rank} after {done}");
+            assert_eq!(
+                batches(&mut rest, 60 - done),
+                all[done..],
+                "rank {rank} after {done}"
+            );
         }
     }
 }
@@ -134,8 +152,13 @@ fn an_epoch_without_a_batch_and_a_rank_too_many_are_errors() {
         order: Order::sequential(8),
         ..options(1)
     };
-    let error = loader(&data, sequential.clone(), None).unwrap_err().to_string();
-    assert!(error.contains("5 samples") && error.contains("smaller batch"), "{error}");
+    let error = loader(&data, sequential.clone(), None)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("5 samples") && error.contains("smaller batch"),
+        "{error}"
+    );
     let keep = LoaderOptions {
         drop_last: false,
         ..sequential
@@ -159,5 +182,10 @@ fn a_panic_while_decoding_reaches_the_trainer() {
         Ok(0)
     })
     .unwrap();
-    assert!(walk.next_batch().unwrap_err().to_string().contains("panicked"));
+    assert!(
+        walk.next_batch()
+            .unwrap_err()
+            .to_string()
+            .contains("panicked")
+    );
 }

@@ -29,13 +29,25 @@ fn kinds() -> Vec<(&'static str, &'static str, Value)> {
         ("b", "str", Value::Str("ein Füchslein \u{1f98a}".into())),
         ("c", "int", Value::Int(-5)),
         ("d", "uint8", Value::Scalar(Scalar::U8(200))),
-        ("e", "float16", Value::Scalar(Scalar::F16(f16::from_f32(1.5)))),
+        (
+            "e",
+            "float16",
+            Value::Scalar(Scalar::F16(f16::from_f32(1.5))),
+        ),
         ("f", "float64", Value::Scalar(Scalar::F64(-0.1))),
         ("g", "ndarray", array(&[2, 3], Dtype::F32)),
         ("h", "ndarray:int16", array(&[300, 1], Dtype::I16)),
         ("i", "ndarray:uint8:4,2", array(&[4, 2], Dtype::U8)),
-        ("j", "json", Value::Json(json!({"k": [1, 2.5, null], "ü": "é"}))),
-        ("k", "str_int", Value::Digits("-123456789012345678901".into())),
+        (
+            "j",
+            "json",
+            Value::Json(json!({"k": [1, 2.5, null], "ü": "é"})),
+        ),
+        (
+            "k",
+            "str_int",
+            Value::Digits("-123456789012345678901".into()),
+        ),
         ("l", "str_float", Value::Digits("1e-3".into())),
         ("m", "str_decimal", Value::Digits("0.10".into())),
         (
@@ -50,7 +62,11 @@ fn kinds() -> Vec<(&'static str, &'static str, Value)> {
         ),
         ("o", "jpeg", jpeg.clone()),
         ("p", "png", Value::Image(b"\x89PNG\r\n\x1a\n".to_vec())),
-        ("q", "list[jpeg]", Value::List(vec![jpeg.clone(), jpeg.clone()])),
+        (
+            "q",
+            "list[jpeg]",
+            Value::List(vec![jpeg.clone(), jpeg.clone()]),
+        ),
         ("r", "jpeg_array", Value::List(vec![jpeg])),
     ]
 }
@@ -60,7 +76,9 @@ fn captions(dir: &Path, count: usize, options: WriterOptions) -> Index {
     let mut writer = Writer::create(dir, schema, options).unwrap();
     for i in 0..count {
         let caption = Value::Str(format!("caption {i}"));
-        writer.write(&[("n", Value::Int(i as i64)), ("caption", caption)]).unwrap();
+        writer
+            .write(&[("n", Value::Int(i as i64)), ("caption", caption)])
+            .unwrap();
     }
     writer.finish().unwrap()
 }
@@ -84,7 +102,10 @@ fn open(dir: &Path, verify: Verify, on_damage: OnDamage) -> Dataset {
 #[test]
 fn every_kind_of_column_comes_back_as_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
-    for (i, compression) in [None, Some("zstd"), Some("zstd:19")].into_iter().enumerate() {
+    for (i, compression) in [None, Some("zstd"), Some("zstd:19")]
+        .into_iter()
+        .enumerate()
+    {
         let out = dir.path().join(i.to_string());
         let kinds = kinds();
         // Given out of order: columns are stored sorted by name.
@@ -127,13 +148,22 @@ fn merged_folders_read_as_one() {
     assert_eq!(both.shard_sizes().len(), 2);
     for index in [0, 29, 30, 40] {
         let caption = format!("caption {}", index % 30);
-        assert_eq!(merged.sample(index).unwrap().text("caption").unwrap(), caption);
-        assert_eq!(both.sample(index).unwrap().text("caption").unwrap(), caption);
+        assert_eq!(
+            merged.sample(index).unwrap().text("caption").unwrap(),
+            caption
+        );
+        assert_eq!(
+            both.sample(index).unwrap().text("caption").unwrap(),
+            caption
+        );
     }
     assert!(merged.sample(41).is_err());
     merged.require(&["caption", "n"]).unwrap();
     let error = merged.require(&["latents_512"]).unwrap_err().to_string();
-    assert!(error.contains("latents_512") && error.contains("caption, n"), "{error}");
+    assert!(
+        error.contains("latents_512") && error.contains("caption, n"),
+        "{error}"
+    );
 }
 
 /// Every way in which a shard can be damaged, and what is said of it.
@@ -141,7 +171,11 @@ fn merged_folders_read_as_one() {
 fn a_damaged_shard_is_named_and_if_asked_skipped_and_counted() {
     type Harm = (&'static str, fn(&Path), &'static str);
     let harms: [Harm; 5] = [
-        ("missing", |path| fs::remove_file(path).unwrap(), "No such file"),
+        (
+            "missing",
+            |path| fs::remove_file(path).unwrap(),
+            "No such file",
+        ),
         (
             "cut off",
             |path| {
@@ -150,8 +184,12 @@ fn a_damaged_shard_is_named_and_if_asked_skipped_and_counted() {
             },
             "its index says",
         ),
-        ("a flipped bit", |path| flip(path, 390), "sha1"),
-        ("another count", |path| flip(path, 0), "samples, its index says"),
+        ("a flipped bit", |path| flip(path, 370), "sha1"),
+        (
+            "another count",
+            |path| flip(path, 0),
+            "samples, its index says",
+        ),
         ("a wild offset", |path| flip(path, 11), "offset"),
     ];
     for (name, harm, said) in harms {
@@ -173,16 +211,28 @@ fn a_damaged_shard_is_named_and_if_asked_skipped_and_counted() {
         let error = strict.sample(first).unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, DataError::Damaged { .. }), "{name}: {text}");
-        assert!(text.contains("shard.00001.mds") && text.contains(said), "{name}: {text}");
+        assert!(
+            text.contains("shard.00001.mds") && text.contains(said),
+            "{name}: {text}"
+        );
 
         let lenient = open(dir.path(), verify, OnDamage::Skip);
-        let read = |i| lenient.decoded(i, |s| s.text("caption").map(str::to_owned)).unwrap();
+        let read = |i| {
+            lenient
+                .decoded(i, |s| s.text("caption").map(str::to_owned))
+                .unwrap()
+        };
         let found: Vec<String> = (0..lenient.len()).filter_map(read).collect();
         assert_eq!(found.len(), 40 - lost, "{name}");
         let damage = lenient.damage();
         assert_eq!((damage.len(), damage[0].samples), (1, lost), "{name}");
         assert!(damage[0].shard.ends_with("shard.00001.mds"));
-        assert_eq!(open(dir.path(), verify, OnDamage::Fail).check(|_| ()).unwrap(), damage);
+        assert_eq!(
+            open(dir.path(), verify, OnDamage::Fail)
+                .check(|_| ())
+                .unwrap(),
+            damage
+        );
     }
 }
 
@@ -205,7 +255,10 @@ fn a_value_that_is_not_of_its_encoding_counts_as_damage() {
     let strict = open(dir.path(), Verify::Structure, OnDamage::Fail);
     assert!(decode(&strict, 0).is_ok());
     let error = decode(&strict, 1).unwrap_err().to_string();
-    assert!(error.contains("caption") && error.contains("UTF-8"), "{error}");
+    assert!(
+        error.contains("caption") && error.contains("UTF-8"),
+        "{error}"
+    );
     let lenient = open(dir.path(), Verify::Structure, OnDamage::Skip);
     assert_eq!(decode(&lenient, 1).unwrap(), None);
     assert_eq!(lenient.damage()[0].samples, 1);
@@ -247,7 +300,10 @@ fn an_index_cannot_reach_out_of_its_folder() {
         ("\"int\"", "\"uint8\""),
         ("\"str\"", "\"wishes\""),
     ] {
-        assert!(Index::parse(text.replace(from, to).as_bytes()).is_err(), "{to}");
+        assert!(
+            Index::parse(text.replace(from, to).as_bytes()).is_err(),
+            "{to}"
+        );
     }
 }
 

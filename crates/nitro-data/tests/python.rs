@@ -61,7 +61,17 @@ fn python() -> Result<PathBuf, String> {
         output.status.success().then_some(()).ok_or(last)
     };
     run(Command::new(own).args(["-m", "venv"]).arg(&folder))?;
-    let pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--retries", "0", "--timeout", "20"];
+    let pip = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--retries",
+        "0",
+        "--timeout",
+        "20",
+    ];
     run(Command::new(&python).args(pip).args(PACKAGES))?;
     Ok(python)
 }
@@ -101,9 +111,15 @@ fn python_reads_what_is_written_here() {
                 ..Order::shuffled(4)
             };
             for epoch in 0..2 {
-                let work = order.work(&sizes, World::SINGLE, Place::epoch(epoch)).unwrap();
+                let work = order
+                    .work(&sizes, World::SINGLE, Place::epoch(epoch))
+                    .unwrap();
                 let theirs = &seen["orders"][seed.to_string()][epoch as usize];
-                assert_eq!(*theirs, json!(work.worker(0, 0, 0)), "seed {seed}, epoch {epoch}");
+                assert_eq!(
+                    *theirs,
+                    json!(work.worker(0, 0, 0)),
+                    "seed {seed}, epoch {epoch}"
+                );
             }
         }
     }
@@ -134,7 +150,9 @@ fn write(out: &Path, compression: Option<&str>) -> Vec<Json> {
             let jpg = encode_jpeg(&picture, 90).unwrap();
             let decoded = nitro_data::image::decode(&jpg).unwrap();
             let latents = vec![i; 64];
-            let floats: Vec<u8> = (0..6).flat_map(|k| (f32::from(i) + k as f32).to_le_bytes()).collect();
+            let floats: Vec<u8> = (0..6)
+                .flat_map(|k| (f32::from(i) + k as f32).to_le_bytes())
+                .collect();
             let fixed = vec![i, 0, 2, 0, 3, 0, 4, 1];
             let array = |dtype, shape: [usize; 2], data: &[u8]| {
                 Value::Array(Array {

@@ -73,8 +73,15 @@ pub fn from_pixels(pixels: Pixels) -> Result<RgbImage, String> {
         "RGB" => data,
         "L" => data.iter().flat_map(|grey| [*grey; 3]).collect(),
         "LA" => data.chunks_exact(2).flat_map(|p| [p[0]; 3]).collect(),
-        "RGBA" | "RGBX" => data.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect(),
-        other => return Err(format!("pixels of PIL mode {other:?}; expected RGB, RGBA, L or LA")),
+        "RGBA" | "RGBX" => data
+            .chunks_exact(4)
+            .flat_map(|p| [p[0], p[1], p[2]])
+            .collect(),
+        other => {
+            return Err(format!(
+                "pixels of PIL mode {other:?}; expected RGB, RGBA, L or LA"
+            ));
+        }
     };
     RgbImage::from_raw(width, height, rgb).ok_or_else(|| "too few pixels".to_owned())
 }

@@ -45,7 +45,10 @@ impl JourneyDb {
             json[field].as_str().ok_or_else(missing)
         };
         let path = text("img_path")?.trim_start_matches(['.', '/']);
-        if Path::new(path).components().any(|part| part == std::path::Component::ParentDir) {
+        if Path::new(path)
+            .components()
+            .any(|part| part == std::path::Component::ParentDir)
+        {
             return Err(Skip::new("picture outside of the folder", path));
         }
         Ok(Content {

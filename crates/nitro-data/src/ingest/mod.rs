@@ -277,7 +277,10 @@ fn is_picture(path: &Path) -> bool {
 /// Files below `root` for which `wanted` holds, sorted, so that every run sees the same order.
 fn files_below(root: &Path, wanted: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for entry in walkdir::WalkDir::new(root).follow_links(true).sort_by_file_name() {
+    for entry in walkdir::WalkDir::new(root)
+        .follow_links(true)
+        .sort_by_file_name()
+    {
         let entry = entry.map_err(|e| DataError::Source {
             path: root.to_owned(),
             reason: e.to_string(),

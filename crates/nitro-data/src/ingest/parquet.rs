@@ -93,7 +93,9 @@ impl ParquetRows {
                 };
                 let part = field(row, "part_id").and_then(integer);
                 let part = part.ok_or_else(|| Skip::new("no picture", "no part_id"))?;
-                Some(Payload::File(folder.join(format!("part-{part:06}")).join(name)))
+                Some(Payload::File(
+                    folder.join(format!("part-{part:06}")).join(name),
+                ))
             }
         };
         Ok(Content { caption, picture })
@@ -101,7 +103,9 @@ impl ParquetRows {
 }
 
 fn field<'a>(row: &'a Row, name: &str) -> Option<&'a Field> {
-    row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field)
+    row.get_column_iter()
+        .find(|(column, _)| *column == name)
+        .map(|(_, field)| field)
 }
 
 fn integer(field: &Field) -> Option<i64> {
@@ -151,7 +155,10 @@ fn project(path: &Path, reader: &dyn FileReader, columns: &[&str]) -> Result<Typ
         let field = fields.iter().find(|field| field.name() == *name);
         field.map(Arc::clone).ok_or_else(|| {
             let names: Vec<&str> = fields.iter().map(|field| field.name()).collect();
-            wrong(path, format!("no column {name:?}; it has {}", names.join(", ")))
+            wrong(
+                path,
+                format!("no column {name:?}; it has {}", names.join(", ")),
+            )
         })
     };
     let fields = columns.iter().map(found).collect::<Result<Vec<_>>>()?;
@@ -186,8 +193,13 @@ impl Source for ParquetRows {
         let reader = open(path)?;
         let projection = project(path, &reader, &self.columns())?;
         let group_reader = reader.get_row_group(group).map_err(failed)?;
-        let rows = group_reader.get_row_iter(Some(projection)).map_err(failed)?;
-        let name = path.strip_prefix(&self.root).ok().filter(|p| p.as_os_str() != "");
+        let rows = group_reader
+            .get_row_iter(Some(projection))
+            .map_err(failed)?;
+        let name = path
+            .strip_prefix(&self.root)
+            .ok()
+            .filter(|p| p.as_os_str() != "");
         let name = name.unwrap_or(path).display();
         for (number, row) in rows.enumerate() {
             let record = match row {
@@ -195,7 +207,9 @@ impl Source for ParquetRows {
                 // What stands behind the damage cannot be counted; that there is some is.
                 Err(e) => Err(Skip::new("damaged row group, rest not read", e.to_string())),
             };
-            let broken = record.as_ref().is_err_and(|skip| skip.reason.starts_with("damaged"));
+            let broken = record
+                .as_ref()
+                .is_err_and(|skip| skip.reason.starts_with("damaged"));
             sink(Record {
                 id: format!("{name}, row group {group}, row {number}"),
                 content: record,

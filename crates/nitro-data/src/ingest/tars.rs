@@ -23,7 +23,10 @@ impl Tars {
     /// All `*.tar` below `root`, or the one tar `root`. Captions come from the folder `captions` if
     /// given (`NAME.txt`), else from the sample's `.txt`, else from the field `field` of its `.json`.
     pub fn open(root: &Path, captions: Option<&Path>, field: &str) -> Result<Self> {
-        let is_tar = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar"));
+        let is_tar = |path: &Path| {
+            path.extension()
+                .is_some_and(|e| e.eq_ignore_ascii_case("tar"))
+        };
         let files = files_below(root, is_tar)?;
         if files.is_empty() {
             return Err(DataError::Source {
@@ -45,12 +48,16 @@ impl Tars {
             (Some(folder), ..) => {
                 read_caption(&caption_file(Path::new(&name), Some(folder), "txt"))
             }
-            (None, Some(text), _) => String::from_utf8(text)
-                .map_err(|_| Skip::new("caption is not UTF-8", "")),
+            (None, Some(text), _) => {
+                String::from_utf8(text).map_err(|_| Skip::new("caption is not UTF-8", ""))
+            }
             (None, None, Some(json)) => match serde_json::from_slice(&json) {
                 Ok(serde_json::Value::Object(fields)) => match fields.get(&self.field) {
                     Some(serde_json::Value::String(caption)) => Ok(caption.clone()),
-                    _ => Err(Skip::new("no caption", format!("no text {:?} in its json", self.field))),
+                    _ => Err(Skip::new(
+                        "no caption",
+                        format!("no text {:?} in its json", self.field),
+                    )),
                 },
                 _ => Err(Skip::new("caption json is no object", "")),
             },

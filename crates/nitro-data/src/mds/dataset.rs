@@ -170,7 +170,9 @@ impl Dataset {
     /// Checks that every shard has these columns.
     pub fn require(&self, columns: &[&str]) -> Result<()> {
         for entry in &self.entries {
-            let missing = columns.iter().find(|name| entry.schema.position(name).is_none());
+            let missing = columns
+                .iter()
+                .find(|name| entry.schema.position(name).is_none());
             if let Some(name) = missing {
                 let names: Vec<&str> = entry.info.column_names.iter().map(String::as_str).collect();
                 let shard = self.folders[entry.folder].join(&entry.info.stored().basename);
@@ -192,13 +194,23 @@ impl Dataset {
     }
 
     fn scratch(&self) -> Result<PathBuf> {
-        let parent = self.options.scratch.clone().unwrap_or_else(std::env::temp_dir);
+        let parent = self
+            .options
+            .scratch
+            .clone()
+            .unwrap_or_else(std::env::temp_dir);
         let made = self.scratch.get_or_init(|| {
             std::fs::create_dir_all(&parent)
-                .and_then(|()| tempfile::Builder::new().prefix("nitro-mds-").tempdir_in(&parent))
+                .and_then(|()| {
+                    tempfile::Builder::new()
+                        .prefix("nitro-mds-")
+                        .tempdir_in(&parent)
+                })
                 .map_err(DataError::io("make a folder in", &parent))
         });
-        made.as_ref().map(|dir| dir.path().to_owned()).map_err(Clone::clone)
+        made.as_ref()
+            .map(|dir| dir.path().to_owned())
+            .map_err(Clone::clone)
     }
 
     fn shard(&self, number: usize) -> Result<&Shard> {
@@ -209,7 +221,13 @@ impl Dataset {
                 Some(_) => self.scratch()?.join(entry.folder.to_string()),
                 None => PathBuf::new(),
             };
-            Shard::open(dir, &entry.info, entry.schema.clone(), self.options.verify, &scratch)
+            Shard::open(
+                dir,
+                &entry.info,
+                entry.schema.clone(),
+                self.options.verify,
+                &scratch,
+            )
         });
         opened.as_ref().map_err(|error| {
             if let DataError::Damaged { reason, .. } = error {

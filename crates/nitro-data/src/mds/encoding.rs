@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::value::{Array, Pixels, Scalar, Value};
 use super::Dtype;
+use super::value::{Array, Pixels, Scalar, Value};
 use crate::{DataError, Result, python_json};
 
 /// How a column's values are stored. `pkl` is known by name only: unpickling runs code, so such
@@ -99,10 +99,13 @@ impl FromStr for Encoding {
             None => None,
             Some(text) => {
                 let sides: Option<Vec<usize>> = text.split(',').map(side).collect();
-                let elements = |s: &Vec<usize>| {
-                    s.iter().try_fold(8usize, |n, side| n.checked_mul(*side))
-                };
-                Some(sides.filter(|s| elements(s).is_some()).ok_or_else(unknown)?)
+                let elements =
+                    |s: &Vec<usize>| s.iter().try_fold(8usize, |n, side| n.checked_mul(*side));
+                Some(
+                    sides
+                        .filter(|s| elements(s).is_some())
+                        .ok_or_else(unknown)?,
+                )
             }
         };
         match (dtype, &shape, parts.next()) {
@@ -177,9 +180,7 @@ impl Encoding {
                 .into_bytes(),
             (Encoding::Pil, Value::Pixels(pixels)) => encode_pixels(pixels)?,
             (Encoding::Jpeg | Encoding::Png, Value::Image(bytes)) => bytes.clone(),
-            (Encoding::JpegArray, Value::List(items)) => {
-                encode_list(&[], &Encoding::Jpeg, items)?
-            }
+            (Encoding::JpegArray, Value::List(items)) => encode_list(&[], &Encoding::Jpeg, items)?,
             // The first word is a placeholder of the format.
             (Encoding::List(inner), Value::List(items)) => encode_list(&[0; 4], inner, items)?,
             (_, other) => return Err(format!("{} stores no {}", self, kind(other))),
@@ -287,7 +288,8 @@ fn take_u32(bytes: &mut &[u8], what: &str) -> Wrong<u32> {
 
 fn encode_array(dtype: Option<Dtype>, shape: Option<&[usize]>, array: &Array) -> Wrong<Vec<u8>> {
     let elements: usize = array.shape.iter().product();
-    if elements * array.dtype.size() != array.data.len() || array.shape.len() > 63 || elements == 0 {
+    if elements * array.dtype.size() != array.data.len() || array.shape.len() > 63 || elements == 0
+    {
         return Err(format!(
             "{} bytes do not make an array of {} of shape {:?}",
             array.data.len(),
@@ -421,7 +423,10 @@ fn decode_pixels(bytes: &[u8]) -> Wrong<Pixels> {
 
 /// `prefix`, number of items, their sizes, the items.
 fn encode_list(prefix: &[u8], inner: &Encoding, items: &[Value]) -> Wrong<Vec<u8>> {
-    let items: Vec<Vec<u8>> = items.iter().map(|item| inner.encode(item)).collect::<Wrong<_>>()?;
+    let items: Vec<Vec<u8>> = items
+        .iter()
+        .map(|item| inner.encode(item))
+        .collect::<Wrong<_>>()?;
     let mut bytes = prefix.to_vec();
     bytes.extend((items.len() as u32).to_le_bytes());
     for item in &items {

@@ -42,7 +42,10 @@ impl Hash {
 
     /// The algorithm of this name.
     pub fn from_name(name: &str) -> Result<Self> {
-        let known = NAMES.iter().find(|(_, n)| *n == name).map(|(hash, _)| *hash);
+        let known = NAMES
+            .iter()
+            .find(|(_, n)| *n == name)
+            .map(|(hash, _)| *hash);
         known.ok_or_else(|| DataError::Unknown {
             what: "hash",
             name: name.to_owned(),
@@ -81,8 +84,14 @@ mod tests {
         let expected = [
             (Hash::Md5, "db6e40bd32fe08f8740e3e24cc785e6c"),
             (Hash::Sha1, "72611550180caa6f217dd785a7b8c3e862e8c91b"),
-            (Hash::Sha224, "bd6404c96b726ba0947215420eb89008c9dd8a2ef04b591601ca15c8"),
-            (Hash::Sha384, "9588768a9cc95ebca869222be28a56d489fbe6c95cfe765029b4a5450b20b2d858c78be25dfef6a1b454613a39f6d284"),
+            (
+                Hash::Sha224,
+                "bd6404c96b726ba0947215420eb89008c9dd8a2ef04b591601ca15c8",
+            ),
+            (
+                Hash::Sha384,
+                "9588768a9cc95ebca869222be28a56d489fbe6c95cfe765029b4a5450b20b2d858c78be25dfef6a1b454613a39f6d284",
+            ),
             (Hash::Xxh32, "bcfb7ab5"),
             (Hash::Xxh64, "2a001e213cdf519a"),
             (Hash::Xxh128, "0718ad9181302fef99b238b139bfe1e1"),

@@ -77,7 +77,10 @@ impl ShardInfo {
     pub fn schema(&self) -> Result<Schema> {
         let lengths = [self.column_encodings.len(), self.column_sizes.len()];
         if lengths != [self.column_names.len(); 2] {
-            return Err(DataError::column("", "names, encodings and sizes differ in number"));
+            return Err(DataError::column(
+                "",
+                "names, encodings and sizes differ in number",
+            ));
         }
         let columns = self.column_names.iter().zip(&self.column_encodings);
         let schema = Schema::in_order(columns.map(|(n, e)| (n.as_str(), e.as_str())))?;
@@ -121,7 +124,10 @@ impl ShardInfo {
         if self.compression.is_some() != self.zip_data.is_some() {
             return Err("compression and zip_data do not go together".to_owned());
         }
-        for file in [Some(&self.raw_data), self.zip_data.as_ref()].into_iter().flatten() {
+        for file in [Some(&self.raw_data), self.zip_data.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             // An index must not reach out of its folder.
             let inside = Path::new(&file.basename)
                 .components()
@@ -197,7 +203,10 @@ pub fn merge_index(dir: &Path, parts: &[PathBuf]) -> Result<Index> {
             .collect::<Vec<_>>()
             .join("/");
         for mut shard in Index::read(&dir.join(part))?.shards {
-            for file in [Some(&mut shard.raw_data), shard.zip_data.as_mut()].into_iter().flatten() {
+            for file in [Some(&mut shard.raw_data), shard.zip_data.as_mut()]
+                .into_iter()
+                .flatten()
+            {
                 file.basename = format!("{prefix}/{}", file.basename);
             }
             merged.shards.push(shard);

@@ -81,14 +81,20 @@ impl Schema {
     /// # Errors
     /// A missing or surplus column, or a value that its column cannot store.
     pub fn encode(&self, values: &[(&str, Value)]) -> Result<Vec<u8>> {
-        if let Some((name, _)) = values.iter().find(|(name, _)| self.position(name).is_none()) {
+        if let Some((name, _)) = values
+            .iter()
+            .find(|(name, _)| self.position(name).is_none())
+        {
             return Err(DataError::column(name, "the dataset has no such column"));
         }
         let (mut head, mut body) = (Vec::new(), Vec::new());
         for column in &self.columns {
             let mut found = values.iter().filter(|(name, _)| *name == column.name);
             let (Some((_, value)), None) = (found.next(), found.next()) else {
-                return Err(DataError::column(&column.name, "expected one value in the sample"));
+                return Err(DataError::column(
+                    &column.name,
+                    "expected one value in the sample",
+                ));
             };
             let bytes = column.encoding.encode(value);
             let bytes = bytes.map_err(|reason| DataError::column(&column.name, reason))?;
@@ -110,7 +116,10 @@ impl Schema {
     pub fn split(&self, bytes: &[u8]) -> std::result::Result<Vec<Range<usize>>, String> {
         let variable = self.columns.iter().filter(|column| column.size.is_none());
         let mut at = 4 * variable.count();
-        let mut sizes = bytes.get(..at).ok_or("shorter than its table of sizes")?.chunks_exact(4);
+        let mut sizes = bytes
+            .get(..at)
+            .ok_or("shorter than its table of sizes")?
+            .chunks_exact(4);
         let mut ranges = Vec::with_capacity(self.columns.len());
         for column in &self.columns {
             let size = column.size.unwrap_or_else(|| {
@@ -162,7 +171,12 @@ impl Sample {
 
     fn column(&self, name: &str) -> Result<(&Column, &[u8])> {
         let position = self.schema.position(name).ok_or_else(|| {
-            let names: Vec<&str> = self.schema.columns.iter().map(|c| c.name.as_str()).collect();
+            let names: Vec<&str> = self
+                .schema
+                .columns
+                .iter()
+                .map(|c| c.name.as_str())
+                .collect();
             DataError::column(name, format!("the dataset has {}", names.join(", ")))
         })?;
         let column = &self.schema.columns[position];
@@ -201,12 +215,17 @@ impl Sample {
     /// `dino_feat`), widened.
     pub fn f16s(&self, name: &str) -> Result<Vec<f32>> {
         let words = self.words::<2>(name, "float16")?;
-        Ok(words.map(|word| f16::from_le_bytes(word).to_f32()).collect())
+        Ok(words
+            .map(|word| f16::from_le_bytes(word).to_f32())
+            .collect())
     }
 
     /// A column of raw `i64` values (the official pipeline's `text_mask`).
     pub fn i64s(&self, name: &str) -> Result<Vec<i64>> {
-        Ok(self.words::<8>(name, "int64")?.map(i64::from_le_bytes).collect())
+        Ok(self
+            .words::<8>(name, "int64")?
+            .map(i64::from_le_bytes)
+            .collect())
     }
 
     fn words<const N: usize>(
@@ -217,7 +236,10 @@ impl Sample {
         let (words, rest) = self.bytes(name)?.as_chunks::<N>();
         match rest.is_empty() {
             true => Ok(words.iter().copied()),
-            false => Err(DataError::column(name, format!("its bytes are no whole {of} values"))),
+            false => Err(DataError::column(
+                name,
+                format!("its bytes are no whole {of} values"),
+            )),
         }
     }
 }

@@ -94,7 +94,11 @@ fn check_file(
     verify: Verify,
 ) -> std::result::Result<(), String> {
     if data.len() as u64 != info.bytes {
-        return Err(format!("{} bytes, its index says {}", data.len(), info.bytes));
+        return Err(format!(
+            "{} bytes, its index says {}",
+            data.len(),
+            info.bytes
+        ));
     }
     if verify == Verify::Hashes {
         for (name, expected) in &info.hashes {
@@ -137,7 +141,9 @@ fn check_offsets(data: &[u8], samples: usize) -> std::result::Result<(), String>
     if found != samples {
         return Err(format!("{found} samples, its index says {samples}"));
     }
-    let head = samples.checked_add(2).and_then(|words| words.checked_mul(4));
+    let head = samples
+        .checked_add(2)
+        .and_then(|words| words.checked_mul(4));
     let Some(head) = head.filter(|head| *head <= data.len()) else {
         return Err("shorter than its table of offsets".to_owned());
     };
@@ -145,7 +151,10 @@ fn check_offsets(data: &[u8], samples: usize) -> std::result::Result<(), String>
     for index in 0..=samples {
         let at = offset(data, index);
         if at < last || at > data.len() {
-            return Err(format!("offset {index} is {at}, outside of {last} to {}", data.len()));
+            return Err(format!(
+                "offset {index} is {at}, outside of {last} to {}",
+                data.len()
+            ));
         }
         last = at;
     }

@@ -29,6 +29,20 @@ pub enum Value {
     List(Vec<Value>),
 }
 
+impl Value {
+    /// Raw `float16` values, as the official pipeline stores latents and features
+    /// ([`Sample::f16s`](super::Sample::f16s) reads them).
+    pub fn f16s(values: &[f32]) -> Self {
+        let bytes = |value: &f32| f16::from_f32(*value).to_le_bytes();
+        Self::Bytes(values.iter().flat_map(bytes).collect())
+    }
+
+    /// Raw `int64` values, as the official pipeline stores masks.
+    pub fn i64s(values: impl IntoIterator<Item = i64>) -> Self {
+        Self::Bytes(values.into_iter().flat_map(i64::to_le_bytes).collect())
+    }
+}
+
 /// A number with its type.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[allow(missing_docs)] // the names say it

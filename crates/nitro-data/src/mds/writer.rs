@@ -197,8 +197,8 @@ impl Writer {
             Some(compression) => {
                 let level = i32::from(compression.level.unwrap_or(3));
                 let path = self.dir.join(&name);
-                let zip = zstd::bulk::compress(&raw, level)
-                    .map_err(DataError::io("compress", &path))?;
+                let zip =
+                    zstd::bulk::compress(&raw, level).map_err(DataError::io("compress", &path))?;
                 info.zip_data = Some(file_info(format!("{name}.zstd"), &zip, hashes));
                 zip
             }

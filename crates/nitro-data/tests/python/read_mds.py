@@ -7,6 +7,7 @@ modules stand in for them, so that the package's own reader, StreamingDataset an
 """
 
 import hashlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -29,6 +30,8 @@ class StandIn(types.ModuleType):
             return lambda: False
         if name == "get_worker_info":
             return lambda: None
+        if name in ("distributed", "utils", "data", "nn"):
+            return importlib.import_module(f"{self.__name__}.{name}")
         kind = type(name, (), {"__class_getitem__": classmethod(lambda cls, item: cls)})
         setattr(self, name, kind)
         return kind

@@ -37,7 +37,11 @@ pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
     }
     for entry in fs::read_dir(&case.dir)? {
         let path = entry?.path();
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if name.starts_with("order") && path.is_file() {
             orders(&name, &path, &folder, report)?;
         }
@@ -59,7 +63,12 @@ fn function(i: usize, call: &Json, report: &mut Report) -> Result<()> {
     let canonical: usize = field(call, "num_canonical_nodes")?;
     if name == "get_shuffle_py1s" {
         let sizes: Vec<usize> = field(call, "shard_sizes")?;
-        let out = shuffle_py1s(&sizes, canonical, field(call, "seed")?, field(call, "epoch")?)?;
+        let out = shuffle_py1s(
+            &sizes,
+            canonical,
+            field(call, "seed")?,
+            field(call, "epoch")?,
+        )?;
         report.equal(&title, &out, &field(call, "out")?);
         return Ok(());
     }
@@ -76,7 +85,11 @@ fn function(i: usize, call: &Json, report: &mut Report) -> Result<()> {
         field(call, "drop_first")?,
         None,
     )?;
-    report.equal(&format!("{title} shape"), &work.shape.to_vec(), &field(call, "shape")?);
+    report.equal(
+        &format!("{title} shape"),
+        &work.shape.to_vec(),
+        &field(call, "shape")?,
+    );
     report.equal(&title, &work.ids, &field(call, "out")?);
     Ok(())
 }
@@ -121,11 +134,19 @@ fn tensors(case: &Case, dataset: &Dataset, report: &mut Report) -> Result<()> {
             let picture = sample.picture(column)?;
             let size = [picture.height() as usize, picture.width() as usize, 3];
             report.equal(&format!("{name} shape"), &size.to_vec(), &expected.shape);
-            let off = picture.as_raw().iter().zip(&expected.bytes).map(|(a, b)| a.abs_diff(*b));
+            let off = picture
+                .as_raw()
+                .iter()
+                .zip(&expected.bytes)
+                .map(|(a, b)| a.abs_diff(*b));
             let most = case.get("/tolerance/jpeg_decode_max_abs")?;
             report.at_most(&name, off.max().unwrap_or(255).into(), most);
         } else {
-            let found = dataset.schema().columns().iter().find(|c| c.name.starts_with(column));
+            let found = dataset
+                .schema()
+                .columns()
+                .iter()
+                .find(|c| c.name.starts_with(column));
             let found = found.with_context(|| format!("a column for {name}"))?;
             let halves = expected.read(half::f16::from_le_bytes);
             let expected: Vec<f32> = halves.into_iter().map(half::f16::to_f32).collect();
@@ -141,7 +162,9 @@ fn rewritten(folder: &Path, report: &mut Report) -> Result<()> {
     let index = Index::read(folder)?;
     let mut parts: Vec<PathBuf> = Vec::new();
     for shard in &index.shards {
-        let parent = Path::new(&shard.stored().basename).parent().unwrap_or(Path::new(""));
+        let parent = Path::new(&shard.stored().basename)
+            .parent()
+            .unwrap_or(Path::new(""));
         if parts.last().is_none_or(|last| last != parent) {
             parts.push(parent.to_owned());
         }
@@ -150,9 +173,21 @@ fn rewritten(folder: &Path, report: &mut Report) -> Result<()> {
         let dataset = Dataset::open(folder.join(part))?;
         let about = dataset.shards().next().context("a shard")?.clone();
         let options = WriterOptions {
-            compression: about.compression.as_deref().map(str::parse::<Compression>).transpose()?,
-            hashes: about.hashes.iter().map(|h| Hash::from_name(h)).collect::<Result<_, _>>()?,
-            size_limit: about.size_limit.as_ref().and_then(Json::as_u64).context("size_limit")?,
+            compression: about
+                .compression
+                .as_deref()
+                .map(str::parse::<Compression>)
+                .transpose()?,
+            hashes: about
+                .hashes
+                .iter()
+                .map(|h| Hash::from_name(h))
+                .collect::<Result<_, _>>()?,
+            size_limit: about
+                .size_limit
+                .as_ref()
+                .and_then(Json::as_u64)
+                .context("size_limit")?,
         };
         let mut writer = Writer::create(&out.path().join(part), about.schema()?, options)?;
         for i in 0..dataset.len() {
@@ -170,10 +205,24 @@ fn rewritten(folder: &Path, report: &mut Report) -> Result<()> {
         merge_index(out.path(), &parts)?;
     }
     let again = Index::read(out.path())?;
-    let raw = |index: &Index| index.shards.iter().map(|s| s.raw_data.clone()).collect::<Vec<_>>();
-    report.equal("shards written again, uncompressed", &raw(&again), &raw(&index));
+    let raw = |index: &Index| {
+        index
+            .shards
+            .iter()
+            .map(|s| s.raw_data.clone())
+            .collect::<Vec<_>>()
+    };
+    report.equal(
+        "shards written again, uncompressed",
+        &raw(&again),
+        &raw(&index),
+    );
     if index.shards.iter().all(|shard| shard.compression.is_none()) {
-        let mut names: Vec<&str> = index.shards.iter().map(|s| s.raw_data.basename.as_str()).collect();
+        let mut names: Vec<&str> = index
+            .shards
+            .iter()
+            .map(|s| s.raw_data.basename.as_str())
+            .collect();
         names.push(INDEX);
         for name in names {
             let same = fs::read(out.path().join(name))? == fs::read(folder.join(name))?;
@@ -207,11 +256,17 @@ fn orders(name: &str, path: &Path, folder: &Path, report: &mut Report) -> Result
     let sizes = match name {
         "order_two_streams" => {
             let streams = [folder.join("0"), folder.join("1")];
-            Dataset::open_all(&streams, DatasetOptions::default())?.shard_sizes().concat()
+            Dataset::open_all(&streams, DatasetOptions::default())?
+                .shard_sizes()
+                .concat()
         }
         _ => Dataset::open(folder)?.shard_sizes().concat(),
     };
-    report.equal(&format!("{name} shard sizes"), &sizes, &args.samples_per_shard);
+    report.equal(
+        &format!("{name} shard sizes"),
+        &sizes,
+        &args.samples_per_shard,
+    );
     let order = Order {
         shuffle: args.shuffle,
         seed: args.shuffle_seed,
@@ -236,7 +291,11 @@ fn orders(name: &str, path: &Path, folder: &Path, report: &mut Report) -> Result
             &order.canonical_nodes_in(world),
             &field(given, "num_canonical_nodes")?,
         );
-        report.equal(&format!("{title} shape"), &work.shape.to_vec(), &field(given, "shape")?);
+        report.equal(
+            &format!("{title} shape"),
+            &work.shape.to_vec(),
+            &field(given, "shape")?,
+        );
         report.equal(&title, &work.ids, &field(given, "sample_ids")?);
     }
     iterated(name, &all.iterated, &order, &sizes, report)?;
@@ -280,15 +339,26 @@ fn iterated(
             let Ok(epoch) = epoch.parse() else { continue };
             let work = order.work(sizes, World::SINGLE, Place::epoch(epoch))?;
             let expected = serde_json::from_value(expected.clone())?;
-            report.equal(&format!("{name} {key} {epoch}"), &work.worker(0, 0, 0), &expected);
+            report.equal(
+                &format!("{name} {key} {epoch}"),
+                &work.worker(0, 0, 0),
+                &expected,
+            );
         }
     }
     let two = World {
         ranks_per_node: 2,
         ..World::SINGLE
     };
-    for (rank, epochs) in given["iterated_two_ranks"].as_array().into_iter().flatten().enumerate() {
-        let epochs = epochs.as_array().ok_or_else(|| anyhow!("epochs of rank {rank}"))?;
+    for (rank, epochs) in given["iterated_two_ranks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .enumerate()
+    {
+        let epochs = epochs
+            .as_array()
+            .ok_or_else(|| anyhow!("epochs of rank {rank}"))?;
         for (epoch, expected) in epochs.iter().enumerate() {
             let work = order.work(sizes, two, Place::epoch(epoch as u64))?;
             let expected = serde_json::from_value(expected.clone())?;

@@ -2,15 +2,12 @@
 
 use anyhow::{Context, Result};
 use image::RgbImage;
-use nitro_data::image::{Filter, center_crop, dino_picture, resize_shorter, to_planes, vae_picture};
+use nitro_data::image::{
+    Filter, center_crop, dino_picture, resize_shorter, to_planes, vae_picture,
+};
 
 use crate::compare::Report;
 use crate::files::{Case, Tensors};
-
-/// Whether a case of the suite `dinov2` is about transforms; the others are about the model.
-pub(crate) fn is_transforms(case: &Case) -> bool {
-    case.suite == "dinov2" && case.get::<u32>("/config/size_a").is_ok()
-}
 
 pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
     let (base, size): (u32, u32) = (case.get("/config/size_a")?, case.get("/config/size_b")?);
@@ -27,20 +24,31 @@ pub(crate) fn run(case: &Case, report: &mut Report) -> Result<()> {
         let dino = dino_picture(&input, base, size);
         let vae_resized = resize_shorter(&input, base, Filter::Bicubic);
         let bytes = [
-            ("dino_resized_u8", resize_shorter(&input, base, Filter::Bilinear)),
+            (
+                "dino_resized_u8",
+                resize_shorter(&input, base, Filter::Bilinear),
+            ),
             ("dino_final_u8", dino.clone()),
             ("vae_resized_u8", vae_resized.clone()),
         ];
         for (name, found) in bytes {
             let expected = picture(&outputs, &format!("{file}.{name}"))?;
             let title = format!("{file} {name}");
-            report.equal(&format!("{title} size"), &found.dimensions(), &expected.dimensions());
+            report.equal(
+                &format!("{title} size"),
+                &found.dimensions(),
+                &expected.dimensions(),
+            );
             let pairs = found.as_raw().iter().zip(expected.as_raw());
             let worst = pairs.map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(255);
             report.at_most(&title, worst.into(), off);
         }
         let vae = vae_picture(&input, base);
-        report.equal(&format!("{file} crop"), &(vae == center_crop(&vae_resized, base)), &true);
+        report.equal(
+            &format!("{file} crop"),
+            &(vae == center_crop(&vae_resized, base)),
+            &true,
+        );
         let planes = [
             ("dino", to_planes(&dino, mean, std)),
             ("vae", to_planes(&vae, [0.5; 3], [0.5; 3])),

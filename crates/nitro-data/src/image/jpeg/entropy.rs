@@ -83,7 +83,10 @@ impl<'a> Bits<'a> {
         (self.word, self.count) = (0, 0);
         let is_restart = |pair: &[u8]| pair[0] == 0xff && (0xd0..=0xd7).contains(&pair[1]);
         let rest = self.data.get(self.at..).unwrap_or_default();
-        match rest.windows(2).position(|pair| pair[0] == 0xff && pair[1] != 0 && pair[1] != 0xff) {
+        match rest
+            .windows(2)
+            .position(|pair| pair[0] == 0xff && pair[1] != 0 && pair[1] != 0xff)
+        {
             Some(marker) if is_restart(&rest[marker..marker + 2]) => self.at += marker + 2,
             _ => {}
         }
@@ -192,7 +195,9 @@ impl Scan<'_> {
     ) -> Result<(), String> {
         let table = |tables: &'_ [Option<Huffman>; 4], number: usize| -> Result<(), String> {
             let there = tables.get(number).is_some_and(Option::is_some);
-            there.then_some(()).ok_or_else(|| "a Huffman table is missing".to_owned())
+            there
+                .then_some(())
+                .ok_or_else(|| "a Huffman table is missing".to_owned())
         };
         if !self.progressive || (self.first == 0 && !self.refine) {
             table(self.dc, dc)?;
@@ -214,7 +219,11 @@ impl Scan<'_> {
         Ok(())
     }
 
-    fn symbol(tables: &[Option<Huffman>; 4], number: usize, bits: &mut Bits<'_>) -> Result<u8, String> {
+    fn symbol(
+        tables: &[Option<Huffman>; 4],
+        number: usize,
+        bits: &mut Bits<'_>,
+    ) -> Result<u8, String> {
         match &tables[number] {
             Some(table) => table.decode(bits),
             None => Err("a Huffman table is missing".to_owned()),
@@ -239,7 +248,12 @@ impl Scan<'_> {
         Ok(())
     }
 
-    fn ac_sequential(&self, bits: &mut Bits<'_>, block: &mut [i16], ac: usize) -> Result<(), String> {
+    fn ac_sequential(
+        &self,
+        bits: &mut Bits<'_>,
+        block: &mut [i16],
+        ac: usize,
+    ) -> Result<(), String> {
         let mut k = 1;
         while k < AREA {
             let symbol = Self::symbol(self.ac, ac, bits)?;
@@ -258,7 +272,12 @@ impl Scan<'_> {
         Ok(())
     }
 
-    fn ac_first(&mut self, bits: &mut Bits<'_>, block: &mut [i16], ac: usize) -> Result<(), String> {
+    fn ac_first(
+        &mut self,
+        bits: &mut Bits<'_>,
+        block: &mut [i16],
+        ac: usize,
+    ) -> Result<(), String> {
         if self.end_of_band > 0 {
             self.end_of_band -= 1;
             return Ok(());
@@ -284,7 +303,12 @@ impl Scan<'_> {
         Ok(())
     }
 
-    fn ac_refine(&mut self, bits: &mut Bits<'_>, block: &mut [i16], ac: usize) -> Result<(), String> {
+    fn ac_refine(
+        &mut self,
+        bits: &mut Bits<'_>,
+        block: &mut [i16],
+        ac: usize,
+    ) -> Result<(), String> {
         let bit = 1i16 << self.shift;
         let correct = |bits: &mut Bits<'_>, value: &mut i16| {
             if bits.take(1) == 1 && *value & bit == 0 {

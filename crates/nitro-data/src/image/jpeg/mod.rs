@@ -20,9 +20,9 @@ const AREA: usize = BLOCK * BLOCK;
 
 /// Where the k-th coefficient of the stream stands in a block.
 const ZIGZAG: [u8; AREA] = [
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13,
-    6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45,
-    38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20,
+    13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59,
+    52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
 ];
 
 /// One colour component.
@@ -79,7 +79,9 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Option<RgbImage>, String> {
             0x01 | 0xd0..=0xd8 => continue,
             _ => {}
         }
-        let length = bytes.get(at..at + 2).map(|b| usize::from(b[0]) << 8 | usize::from(b[1]));
+        let length = bytes
+            .get(at..at + 2)
+            .map(|b| usize::from(b[0]) << 8 | usize::from(b[1]));
         let segment = length
             .filter(|length| *length >= 2)
             .and_then(|length| bytes.get(at + 2..at + length))
@@ -95,7 +97,9 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Option<RgbImage>, String> {
             0xc4 => decoder.huffman_tables(segment)?,
             0xdb => decoder.quantizers(segment)?,
             0xdd => match segment {
-                &[high, low] => decoder.restart_interval = usize::from(high) << 8 | usize::from(low),
+                &[high, low] => {
+                    decoder.restart_interval = usize::from(high) << 8 | usize::from(low)
+                }
                 _ => return Err("a bad restart interval".to_owned()),
             },
             0xda => at += decoder.scan(segment, &bytes[at..])?,
@@ -147,7 +151,10 @@ fn read_frame(segment: &[u8], progressive: bool) -> Result<Option<Frame>, String
         let [sh, sv] = sampling(spec);
         [h.max(sh), v.max(sv)]
     });
-    let mcus = [width.div_ceil(BLOCK * most[0]), height.div_ceil(BLOCK * most[1])];
+    let mcus = [
+        width.div_ceil(BLOCK * most[0]),
+        height.div_ceil(BLOCK * most[1]),
+    ];
     let component = |spec: &[u8; 3]| {
         let [h, v] = sampling(spec);
         let blocks = [mcus[0] * h, mcus[1] * v];
@@ -156,7 +163,10 @@ fn read_frame(segment: &[u8], progressive: bool) -> Result<Option<Frame>, String
             sampling: [h, v],
             quantizer: usize::from(spec[2]),
             table: None,
-            size: [(width * h).div_ceil(most[0]), (height * v).div_ceil(most[1])],
+            size: [
+                (width * h).div_ceil(most[0]),
+                (height * v).div_ceil(most[1]),
+            ],
             blocks,
             coefficients: vec![0; blocks[0] * blocks[1] * AREA],
         }
@@ -184,7 +194,10 @@ impl Decoder {
                     false => values[k].into(),
                 };
             }
-            *self.quantizers.get_mut(slot).ok_or("a bad quantizer number")? = Some(table);
+            *self
+                .quantizers
+                .get_mut(slot)
+                .ok_or("a bad quantizer number")? = Some(table);
             segment = behind;
         }
         Ok(())
@@ -192,11 +205,21 @@ impl Decoder {
 
     fn huffman_tables(&mut self, mut segment: &[u8]) -> Result<(), String> {
         while let Some((&head, rest)) = segment.split_first() {
-            let (counts, rest) = rest.split_first_chunk::<16>().ok_or("a short Huffman table")?;
+            let (counts, rest) = rest
+                .split_first_chunk::<16>()
+                .ok_or("a short Huffman table")?;
             let total = counts.iter().map(|count| usize::from(*count)).sum();
-            let (symbols, behind) = rest.split_at_checked(total).ok_or("a short Huffman table")?;
-            let tables = if head >> 4 == 0 { &mut self.dc } else { &mut self.ac };
-            let slot = tables.get_mut(usize::from(head & 15)).ok_or("a bad table number")?;
+            let (symbols, behind) = rest
+                .split_at_checked(total)
+                .ok_or("a short Huffman table")?;
+            let tables = if head >> 4 == 0 {
+                &mut self.dc
+            } else {
+                &mut self.ac
+            };
+            let slot = tables
+                .get_mut(usize::from(head & 15))
+                .ok_or("a bad table number")?;
             *slot = Some(Huffman::new(counts, symbols)?);
             segment = behind;
         }
@@ -215,7 +238,10 @@ impl Decoder {
         };
         let mut parts = Vec::new();
         for spec in specs.chunks_exact(2) {
-            let number = frame.components.iter().position(|component| component.id == spec[0]);
+            let number = frame
+                .components
+                .iter()
+                .position(|component| component.id == spec[0]);
             let number = number.ok_or("a scan of an unknown component")?;
             let component = &mut frame.components[number];
             if component.table.is_none() {
@@ -249,7 +275,9 @@ impl Decoder {
         let mut left = self.restart_interval;
         let alone = parts.len() == 1;
         let mcus = match alone {
-            true => frame.components[parts[0].0].size.map(|side| side.div_ceil(BLOCK)),
+            true => frame.components[parts[0].0]
+                .size
+                .map(|side| side.div_ceil(BLOCK)),
             false => frame.mcus,
         };
         for mcu in 0..mcus[0] * mcus[1] {
@@ -284,7 +312,11 @@ impl Decoder {
         if self.scans == 0 {
             return Err("it has no scan".to_owned());
         }
-        let ids: Vec<u8> = frame.components.iter().map(|component| component.id).collect();
+        let ids: Vec<u8> = frame
+            .components
+            .iter()
+            .map(|component| component.id)
+            .collect();
         let rgb = match (self.jfif, self.adobe) {
             (true, _) => false,
             (false, Some(transform)) => transform == 0,

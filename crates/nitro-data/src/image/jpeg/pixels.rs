@@ -75,7 +75,11 @@ pub(super) fn inverse_transform(component: &Component) -> Result<Plane, String> 
 }
 
 /// A component's samples at the picture's size.
-pub(super) fn upsample(plane: &Plane, component: &Component, frame: &Frame) -> Result<Vec<u8>, String> {
+pub(super) fn upsample(
+    plane: &Plane,
+    component: &Component,
+    frame: &Frame,
+) -> Result<Vec<u8>, String> {
     let [width, height] = component.size;
     let [h, v] = component.sampling;
     if !frame.most[0].is_multiple_of(h) || !frame.most[1].is_multiple_of(v) {
@@ -85,34 +89,36 @@ pub(super) fn upsample(plane: &Plane, component: &Component, frame: &Frame) -> R
     // A row of the picture's samples; behind the last comes the last again.
     let row = |y: usize| &plane.samples[y.min(height - 1) * plane.stride..][..width];
     let mut out = vec![0; frame.width * frame.height];
-    out.par_chunks_exact_mut(frame.width).enumerate().for_each(|(y, out)| {
-        let near = y / factors[1];
-        // Of two rows made from one, the upper leans on the row above.
-        let far = match y % factors[1] {
-            0 => near.saturating_sub(1),
-            _ => near + 1,
-        };
-        let [near, far] = [row(near), row(far)];
-        match factors {
-            [1, 1] => out.copy_from_slice(&near[..out.len()]),
-            [2, 1] if width > 2 => fancy(out, |i| i32::from(near[i]), width, 2, [1, 2]),
-            [1, 2] => {
-                let bias = if y % 2 == 0 { 1 } else { 2 };
-                for ((out, near), far) in out.iter_mut().zip(near).zip(far) {
-                    *out = ((3 * i32::from(*near) + i32::from(*far) + bias) >> 2) as u8;
+    out.par_chunks_exact_mut(frame.width)
+        .enumerate()
+        .for_each(|(y, out)| {
+            let near = y / factors[1];
+            // Of two rows made from one, the upper leans on the row above.
+            let far = match y % factors[1] {
+                0 => near.saturating_sub(1),
+                _ => near + 1,
+            };
+            let [near, far] = [row(near), row(far)];
+            match factors {
+                [1, 1] => out.copy_from_slice(&near[..out.len()]),
+                [2, 1] if width > 2 => fancy(out, |i| i32::from(near[i]), width, 2, [1, 2]),
+                [1, 2] => {
+                    let bias = if y % 2 == 0 { 1 } else { 2 };
+                    for ((out, near), far) in out.iter_mut().zip(near).zip(far) {
+                        *out = ((3 * i32::from(*near) + i32::from(*far) + bias) >> 2) as u8;
+                    }
+                }
+                [2, 2] if width > 2 => {
+                    let sum = |i: usize| 3 * i32::from(near[i]) + i32::from(far[i]);
+                    fancy(out, sum, width, 4, [8, 7]);
+                }
+                [across, _] => {
+                    for (x, out) in out.iter_mut().enumerate() {
+                        *out = near[x / across];
+                    }
                 }
             }
-            [2, 2] if width > 2 => {
-                let sum = |i: usize| 3 * i32::from(near[i]) + i32::from(far[i]);
-                fancy(out, sum, width, 4, [8, 7]);
-            }
-            [across, _] => {
-                for (x, out) in out.iter_mut().enumerate() {
-                    *out = near[x / across];
-                }
-            }
-        }
-    });
+        });
     Ok(out)
 }
 

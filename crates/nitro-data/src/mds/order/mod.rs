@@ -79,7 +79,11 @@ impl Order {
 
     /// Canonical nodes in this world.
     pub fn canonical_nodes_in(&self, world: World) -> usize {
-        let default = if self.shuffle { 64 * world.nodes } else { world.nodes };
+        let default = if self.shuffle {
+            64 * world.nodes
+        } else {
+            world.nodes
+        };
         self.canonical_nodes.unwrap_or(default)
     }
 
@@ -89,7 +93,9 @@ impl Order {
     /// # Errors
     /// Numbers of zero, or of nodes and canonical nodes that do not divide each other.
     pub fn work(&self, shard_sizes: &[usize], world: World, place: Place) -> Result<Work> {
-        let canonical = place.canonical_nodes.unwrap_or_else(|| self.canonical_nodes_in(world));
+        let canonical = place
+            .canonical_nodes
+            .unwrap_or_else(|| self.canonical_nodes_in(world));
         let samples = shard_sizes.iter().sum();
         let mut work = partition(
             samples,

@@ -31,11 +31,17 @@ impl Work {
             .map(|worker| {
                 let samples = self.worker(node, rank_of_node, worker);
                 let batches = samples.chunks(size).map(<[usize]>::to_vec);
-                batches.filter(|batch| batch.len() == size || !drop_last).collect()
+                batches
+                    .filter(|batch| batch.len() == size || !drop_last)
+                    .collect()
             })
             .collect();
         let longest = queues.iter().map(Vec::len).max().unwrap_or(0);
-        let turn = |round: usize| queues.iter().filter_map(move |queue| queue.get(round).cloned());
+        let turn = |round: usize| {
+            queues
+                .iter()
+                .filter_map(move |queue| queue.get(round).cloned())
+        };
         (0..longest).flat_map(turn).collect()
     }
 }
@@ -65,8 +71,8 @@ pub fn partition(
             world.nodes, world.ranks_per_node
         ));
     }
-    let fits = canonical_nodes.is_multiple_of(world.nodes)
-        || world.nodes.is_multiple_of(canonical_nodes);
+    let fits =
+        canonical_nodes.is_multiple_of(world.nodes) || world.nodes.is_multiple_of(canonical_nodes);
     let initial = match initial_nodes {
         Some(initial) if !fits => initial,
         _ => {
@@ -87,7 +93,13 @@ pub fn partition(
         nodes: initial,
         ..world
     };
-    let old = original(samples, canonical_nodes, before, global / devices, drop_first)?;
+    let old = original(
+        samples,
+        canonical_nodes,
+        before,
+        global / devices,
+        drop_first,
+    )?;
     let [nodes, ranks, workers, batches, size] = old.shape;
     let mut walk = Vec::with_capacity(old.ids.len());
     for batch in 0..batches {
@@ -158,7 +170,13 @@ fn original(
         let padded = per_rank.next_multiple_of(unit);
         batches = padded / unit;
         for rank in 0..ranks {
-            let id = |i: usize| if i < per_rank { mine[i * ranks + rank] } else { -1 };
+            let id = |i: usize| {
+                if i < per_rank {
+                    mine[i * ranks + rank]
+                } else {
+                    -1
+                }
+            };
             for worker in 0..workers {
                 for batch in 0..batches {
                     let begin = (batch * workers + worker) * batch_size;
@@ -177,12 +195,20 @@ fn original(
 fn canonical_rows(samples: usize, canonical: usize, nodes: usize) -> Result<Vec<Vec<i64>>> {
     let length = samples.div_ceil(canonical);
     // A canonical node that several nodes share must be divisible among them.
-    let ratio = if canonical < nodes { nodes / canonical } else { 1 };
+    let ratio = if canonical < nodes {
+        nodes / canonical
+    } else {
+        1
+    };
     let padding = length.next_multiple_of(ratio) - length;
     let enough = samples > canonical || (samples == canonical && canonical >= nodes);
     if !enough {
         let width = length + padding;
-        let row = |r: usize| (r * width..(r + 1) * width).map(|i| (i % samples) as i64).collect();
+        let row = |r: usize| {
+            (r * width..(r + 1) * width)
+                .map(|i| (i % samples) as i64)
+                .collect()
+        };
         return Ok((0..canonical).map(row).collect());
     }
     let row = |r: usize| {
