@@ -256,20 +256,18 @@ impl<P: Serialize + DeserializeOwned + Clone> Job<P> {
 
     /// Writes what is open and the index. `progress` also covers what came behind the last sample.
     pub fn finish(mut self, progress: P) -> Result<Index> {
-        if self.finished {
-            return Index::read(&self.dir);
+        if !self.finished {
+            self.progress = progress;
+            // The index comes first: a job that claims to be finished has one.
+            self.commit(false)?;
+            Index::of(self.writer.shards().to_vec()).write(&self.dir)?;
+            self.save(true)?;
         }
-        self.progress = progress;
-        // The index comes first: a job that claims to be finished has one.
-        self.commit(false)?;
-        let index = Index::of(self.writer.shards().to_vec());
-        index.write(&self.dir)?;
-        self.save(true)?;
         for name in [PENDING, LOCK] {
             let path = self.dir.join(name);
             std::fs::remove_file(&path).map_err(DataError::io("remove", &path))?;
         }
-        Ok(index)
+        Index::read(&self.dir)
     }
 
     fn commit(&mut self, finished: bool) -> Result<()> {

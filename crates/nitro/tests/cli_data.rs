@@ -68,7 +68,7 @@ fn a_folder_becomes_shards_that_can_be_looked_into() {
     // Again: nothing is done twice.
     let again = json(&done(home.path(), &[&ingest[..], &["--json"]].concat()));
     assert_eq!(
-        (&again["samples"], &again["seen_now"]),
+        (&again["samples"], &again["written_now"]),
         (&5.into(), &0.into())
     );
 

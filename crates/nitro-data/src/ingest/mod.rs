@@ -120,8 +120,8 @@ pub struct Ingested {
     pub index: Index,
     /// Records of this rank, over all runs of the job.
     pub tally: Tally,
-    /// Records of earlier runs among them.
-    pub resumed_at: u64,
+    /// What earlier runs had done of it.
+    pub before: Tally,
     /// Whether all ranks are done and `index.json` stands in the output folder itself.
     pub complete: bool,
 }
@@ -159,7 +159,7 @@ pub fn ingest(
         waiting: Vec::with_capacity(CHUNK),
         each,
     };
-    let resumed_at = run.progress.tally.seen();
+    let before = run.progress.tally.clone();
     if !run.job.is_finished() {
         let first = run.progress.unit;
         let mine = |unit: &usize| unit % options.share.ranks == options.share.rank;
@@ -175,7 +175,7 @@ pub fn ingest(
     Ok(Ingested {
         index,
         tally,
-        resumed_at,
+        before,
         complete: options.share.merge(out)?,
     })
 }

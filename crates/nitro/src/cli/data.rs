@@ -115,8 +115,8 @@ struct Done<'a> {
     what: &'static str,
     tally: &'a Tally,
     shards: usize,
-    /// Records done by earlier runs of the job.
-    before: u64,
+    /// What earlier runs of the job had done.
+    before: &'a Tally,
     begun: Instant,
     share: Share,
     /// Whether the dataset's own index is there.
@@ -126,14 +126,14 @@ struct Done<'a> {
 impl Done<'_> {
     fn report(&self, json: bool) {
         let seconds = self.begun.elapsed().as_secs_f64();
-        let now = self.tally.seen() - self.before.min(self.tally.seen());
+        let now = self.tally.written.saturating_sub(self.before.written);
         let rate = now as f64 / seconds.max(1e-9);
         if json {
             say(serde_json::json!({
                 "samples": self.tally.written,
                 "skipped": self.tally.skipped,
                 "shards": self.shards,
-                "seen_now": now,
+                "written_now": now,
                 "seconds": seconds,
                 "per_second": rate,
                 "complete": self.complete,

@@ -153,10 +153,10 @@ pub(super) fn run(command: &IngestCommand) -> anyhow::Result<()> {
     progress.clear();
     let ingested = result?;
     Done {
-        what: "records",
+        what: "samples",
         tally: &ingested.tally,
         shards: ingested.index.shards.len(),
-        before: ingested.resumed_at,
+        before: &ingested.before,
         begun,
         share: options.share,
         complete: ingested.complete,

@@ -99,11 +99,11 @@ pub(super) fn run(args: &InspectArgs) -> anyhow::Result<()> {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let packed = match stored == raw {
             true => String::new(),
-            false => format!(", {:.1} MiB compressed", mib(stored)),
+            false => format!(", {:.2} MiB compressed", mib(stored)),
         };
         let shards = dataset.shards().len();
         say(format!(
-            "{} samples in {shards} shard(s), {:.1} MiB{packed}",
+            "{} samples in {shards} shard(s), {:.2} MiB{packed}",
             dataset.len(),
             mib(raw)
         ));

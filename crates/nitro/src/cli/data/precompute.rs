@@ -138,7 +138,7 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
     let about = args.describe(&dataset);
     let mut job = Job::open(&folder, schema, args.output.writer(), about, start)?;
     let mut place = job.progress().clone();
-    let (before, begun) = (place.tally.seen(), Instant::now());
+    let (before, begun) = (place.tally.clone(), Instant::now());
     progress.count("samples", range.len() as u64);
     while !job.is_finished() && place.next < range.end {
         go_on()?;
@@ -173,7 +173,7 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
         what: "images",
         tally: &place.tally,
         shards: index.shards.len(),
-        before,
+        before: &before,
         begun,
         share,
         complete: share.merge(&args.output.out)?,

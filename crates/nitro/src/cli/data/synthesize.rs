@@ -97,7 +97,7 @@ pub(super) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
     };
     let mut job = Job::open(&folder, schema, args.output.writer(), about, start)?;
     let mut place = job.progress().clone();
-    let (before, begun) = (place.tally.seen(), Instant::now());
+    let (before, begun) = (place.tally.clone(), Instant::now());
     progress.count("pictures", range.len() as u64);
     while !job.is_finished() && place.next < range.end {
         progress.set((place.next - range.start) as u64);
@@ -129,7 +129,7 @@ pub(super) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
         what: "pictures",
         tally: &place.tally,
         shards: index.shards.len(),
-        before,
+        before: &before,
         begun,
         share,
         complete: share.merge(&args.output.out)?,
