@@ -51,6 +51,9 @@ fn skipped(tally: &Tally) -> Vec<(&str, u64)> {
         .collect()
 }
 
+/// Name, bytes and caption of a picture file.
+type Bad<'a> = (&'a str, &'a [u8], Option<&'a [u8]>);
+
 /// A folder with good pictures and one of every kind of bad one.
 fn folder(dir: &Path, good: u32) {
     fs::create_dir_all(dir.join("sub")).unwrap();
@@ -61,7 +64,7 @@ fn folder(dir: &Path, good: u32) {
         fs::write(name.with_extension("jpg"), jpeg(16 + i % 7, i as u8)).unwrap();
         fs::write(name.with_extension("txt"), format!(" caption {i}\n")).unwrap();
     }
-    let bad: [(&str, &[u8], Option<&[u8]>); 5] = [
+    let bad: [Bad<'_>; 5] = [
         ("lonely.jpg", &jpeg(16, 1), None),
         ("mute.jpg", &jpeg(16, 2), Some(b"  \n")),
         ("latin.jpg", &jpeg(16, 3), Some(b"caf\xe9")),
@@ -280,8 +283,10 @@ fn tars_of_webdataset_and_sa1b() {
     assert_eq!(done.tally.skipped["damaged tar, rest not read"].count, 1);
 }
 
-/// Rows of picture bytes, caption, part and name; `None` is null.
-fn parquet(path: &Path, rows: &[(Option<&[u8]>, Option<&str>, i32, &str)]) {
+/// Picture bytes, caption, part and name; `None` is null.
+type Row<'a> = (Option<&'a [u8]>, Option<&'a str>, i32, &'a str);
+
+fn parquet(path: &Path, rows: &[Row<'_>]) {
     let schema = "message m { optional group image { optional binary bytes; } \
                   optional binary text (UTF8); required int32 part_id; \
                   required binary image_name (UTF8); }";

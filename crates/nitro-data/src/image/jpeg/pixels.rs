@@ -55,14 +55,12 @@ pub(super) fn inverse_transform(component: &Component) -> Result<Plane, String> 
         .for_each(|(rows, blocks)| {
             for (number, block) in blocks.chunks_exact(AREA).enumerate() {
                 let value = |k: usize| i64::from(block[k]) * i64::from(table[k]);
-                let mut between = [[0; BLOCK]; BLOCK];
-                for column in 0..BLOCK {
+                let columns: [[i64; BLOCK]; BLOCK] = std::array::from_fn(|column| {
                     let x = std::array::from_fn(|row| value(row * BLOCK + column));
-                    for (row, y) in transform(x).into_iter().enumerate() {
-                        between[row][column] = descale(y, CONST_BITS - PASS_BITS);
-                    }
-                }
-                for (row, x) in between.into_iter().enumerate() {
+                    transform(x).map(|y| descale(y, CONST_BITS - PASS_BITS))
+                });
+                for row in 0..BLOCK {
+                    let x = columns.map(|column| column[row]);
                     let out = &mut rows[row * stride + number * BLOCK..][..BLOCK];
                     for (byte, y) in out.iter_mut().zip(transform(x)) {
                         let y = descale(y, CONST_BITS + PASS_BITS + 3);

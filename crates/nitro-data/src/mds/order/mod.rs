@@ -109,7 +109,7 @@ impl Order {
             let seed = place.seed.unwrap_or(self.seed);
             let ids = shuffle_py1s(shard_sizes, canonical, seed, place.epoch)?;
             for id in &mut work.ids {
-                if let Some(index) = usize::try_from(*id).ok() {
+                if let Ok(index) = usize::try_from(*id) {
                     *id = ids[index] as i64;
                 }
             }
