@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Done, OutputArgs, go_on};
-use crate::cli::failure::bad_input;
+use crate::cli::failure::{bad_input, say};
 use crate::cli::model_args::{LocationArgs, PrecisionName, use_threads};
 use crate::cli::progress::Progress;
 
@@ -179,8 +179,17 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
         complete: share.merge(&args.output.out)?,
     }
     .report(args.json);
-    for damage in dataset.damage() {
-        eprintln!("damaged: {}: {}", damage.shard.display(), damage.reason);
+    let damage = if args.json {
+        Vec::new()
+    } else {
+        dataset.damage()
+    };
+    for damage in damage {
+        say(format!(
+            "damaged: {}: {}",
+            damage.shard.display(),
+            damage.reason
+        ));
     }
     Ok(())
 }
