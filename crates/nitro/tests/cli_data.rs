@@ -181,6 +181,32 @@ fn features_are_those_of_the_model_in_the_official_columns() {
     }
 }
 
+#[test]
+fn dino_features_have_the_official_column() {
+    let home = tempfile::tempdir().unwrap();
+    photos(&home.path().join("photos"), 2);
+    done(home.path(), &["ingest", "folder", "photos", "--out", "set"]);
+    let case =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/dinov2/nitro_resampled");
+    let about: Value = serde_json::from_slice(&fs::read(case.join("case.json")).unwrap()).unwrap();
+    let model = home.path().join("dino");
+    fs::create_dir(&model).unwrap();
+    fs::write(model.join("config.json"), about["config"].to_string()).unwrap();
+    fs::copy(
+        case.join("weights.safetensors"),
+        model.join("model.safetensors"),
+    )
+    .unwrap();
+    let grid = ["--dino-grid", "3"];
+    let arguments = ["precompute", "set", "--dino", "dino", "--out", "features"];
+    done(home.path(), &[&arguments[..], &grid].concat());
+    let set = Dataset::open(home.path().join("features")).unwrap();
+    let width = about["config"]["embed_dim"].as_u64().unwrap() as usize;
+    let features = [0, 1].map(|i| set.sample(i).unwrap().f16s("dino_feat").unwrap());
+    assert_eq!(features[0].len(), 3 * 3 * width);
+    assert_ne!(features[0], features[1]);
+}
+
 /// Equal within the rounding of `float16`.
 fn close(found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len());

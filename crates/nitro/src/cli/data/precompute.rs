@@ -1,6 +1,7 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::Context;
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Args;
 use nitro::{EncoderParts, Encoders};
@@ -36,8 +37,9 @@ pub(in crate::cli) struct PrecomputeArgs {
     /// Add the text encoder's states and masks (text_feat, float16; text_mask, int64)
     #[arg(long)]
     text: bool,
-    /// Add a DINOv2's patch features (dino_feat, float16); FILE is its checkpoint
-    #[arg(long, value_name = "FILE")]
+    /// Add a DINOv2's patch features (dino_feat, float16): its checkpoint, or a folder with
+    /// config.json and model.safetensors
+    #[arg(long, value_name = "PATH")]
     dino: Option<PathBuf>,
     /// Tokens on a side of the DINOv2 features
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = super::positive)]
@@ -94,7 +96,7 @@ const DINO_BASE: u32 = 512;
 pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
     if !(args.latents || args.text || args.dino.is_some()) {
         return Err(bad_input(
-            "nothing to add: give --latents, --text or --dino FILE",
+            "nothing to add: give --latents, --text or --dino PATH",
         ));
     }
     use_threads(args.threads)?;
@@ -293,9 +295,8 @@ impl Features {
         };
         let dino = match &args.dino {
             None => None,
-            Some(file) => {
-                let weights = WeightFiles::open(file)?;
-                let config = Dinov2Config::from_weights(&weights)?;
+            Some(path) => {
+                let (config, weights) = open_dino(path)?;
                 let params = Params::new(&weights, &Device::flex(), precision);
                 let model = Dinov2::new(&config, &params)?;
                 Some(match config.grid() == args.dino_grid {
@@ -367,6 +368,19 @@ impl Features {
         }
         Ok(rows)
     }
+}
+
+/// A released checkpoint, whose tensors tell its shape, or a folder that says it.
+fn open_dino(path: &Path) -> anyhow::Result<(Dinov2Config, WeightFiles)> {
+    if !path.is_dir() {
+        let weights = WeightFiles::open(path)?;
+        return Ok((Dinov2Config::from_weights(&weights)?, weights));
+    }
+    let config = path.join("config.json");
+    let text = std::fs::read(&config).with_context(|| config.display().to_string())?;
+    let config = serde_json::from_slice(&text)
+        .map_err(|e| bad_input(format!("{}: no DINOv2: {e}", config.display())))?;
+    Ok((config, WeightFiles::open(path.join("model.safetensors"))?))
 }
 
 fn add(rows: &mut [Row], column: &str, values: Vec<Value>) {
