@@ -10,7 +10,7 @@ use nitro_ops::Precision;
 use crate::PipelineError;
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
-use crate::load::{autoencoder_config, autoencoder_weights, open_weights, text_encoder_files};
+use crate::load::{autoencoder_config, autoencoder_weights, load_text_encoder, text_encoder_files};
 use crate::pipeline::{TextFeatures, misfit, text_features, tokenise};
 use crate::tokenizer::{TextTokenizer, Tokens};
 
@@ -61,8 +61,7 @@ impl Encoders {
                 card.text_tokens,
                 config.vocab_size,
             )?;
-            let weights = open_weights(&file)?;
-            let model = Llama::new(&config, &Params::new(&weights, &this.device, precision))?;
+            let model = load_text_encoder(&file, &config, &this.device, precision)?;
             this.texts = Some((tokenizer, model, file));
         }
         if parts.pictures {
