@@ -7,7 +7,7 @@
 
 mod error;
 pub mod geneval;
-mod python_json;
+use nitro_data::python_json;
 pub mod shapes;
 
 pub use error::EvalError;

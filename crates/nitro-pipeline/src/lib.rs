@@ -8,6 +8,7 @@
 
 pub mod caption;
 pub mod card;
+mod encoders;
 mod error;
 pub mod files;
 mod generate;
@@ -24,6 +25,7 @@ mod text;
 pub mod tokenizer;
 
 pub use card::{ModelCard, Variant};
+pub use encoders::{EncoderParts, Encoders};
 pub use error::{PipelineError, RequestError};
 pub use files::{EmbeddedModel, ModelFile, ModelFiles, ModelLocation, OFFICIAL_REPOSITORY};
 pub use generate::{Event, StepEvent};

@@ -138,14 +138,7 @@ impl Pipeline {
         texts: &[&str],
         clean_captions: bool,
     ) -> Result<TextFeatures, PipelineError> {
-        let texts: Vec<String> = texts
-            .iter()
-            .map(|t| preprocess(t, clean_captions))
-            .collect();
-        let tokens = texts
-            .iter()
-            .map(|t| self.tokenizer.encode(t))
-            .collect::<Result<Vec<_>, _>>()?;
+        let (texts, tokens) = tokenise(&self.tokenizer, texts, clean_captions)?;
         let features = self.features(&tokens)?;
         Ok(TextFeatures {
             texts,
@@ -166,16 +159,9 @@ impl Pipeline {
         }
         let length = tokens.first().map_or(0, |t| t.ids.len());
         if !new.is_empty() {
-            let shape = [new.len(), length];
-            let of_new = || new.iter().map(|&i| &tokens[i]);
-            let ids: Vec<i32> = of_new()
-                .flat_map(|t| t.ids.iter().map(|id| *id as i32))
-                .collect();
-            let mask: Vec<bool> = of_new().flat_map(Tokens::mask).collect();
-            let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &self.device);
-            let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, shape), &self.device);
-            let computed = self.text_encoder()?.forward(ids, mask).map_err(misfit)?;
-            let computed = finite(computed, &self.sources.text_encoder)?;
+            let of_new: Vec<&Tokens> = new.iter().map(|&i| &tokens[i]).collect();
+            let file = &self.sources.text_encoder;
+            let computed = text_features(self.text_encoder()?, file, &of_new, &self.device)?;
             let computed = computed.as_slice::<f32>().unwrap_or_default();
             let each = computed.len() / new.len();
             for (values, &i) in computed.chunks_exact(each.max(1)).zip(&new) {
@@ -272,6 +258,43 @@ impl Pipeline {
             }
         }
     }
+}
+
+/// The texts as they are tokenised (cleaned if asked to), and their tokens.
+pub(crate) fn tokenise(
+    tokenizer: &TextTokenizer,
+    texts: &[&str],
+    clean_captions: bool,
+) -> Result<(Vec<String>, Vec<Tokens>), PipelineError> {
+    let texts: Vec<String> = texts
+        .iter()
+        .map(|t| preprocess(t, clean_captions))
+        .collect();
+    let tokens = texts
+        .iter()
+        .map(|t| tokenizer.encode(t))
+        .collect::<Result<_, _>>()?;
+    Ok((texts, tokens))
+}
+
+/// The features `[texts, length, channels]` of texts of one length; the encoder's weights are of
+/// `file`.
+pub(crate) fn text_features(
+    encoder: &Llama,
+    file: &ModelFile,
+    tokens: &[&Tokens],
+    device: &Device,
+) -> Result<TensorData, PipelineError> {
+    let shape = [tokens.len(), tokens.first().map_or(0, |t| t.ids.len())];
+    let ids: Vec<i32> = tokens
+        .iter()
+        .flat_map(|t| t.ids.iter().map(|id| *id as i32))
+        .collect();
+    let mask: Vec<bool> = tokens.iter().flat_map(|t| t.mask()).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), device);
+    let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, shape), device);
+    let features = encoder.forward(ids, mask).map_err(misfit)?;
+    finite(features, file)
 }
 
 /// A model refused what another part of the pipeline made for it.

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use nitro::PipelineError;
 use nitro::bench::BenchError;
+use nitro_data::DataError;
 use nitro_train::TrainError;
 
 /// The model, the disk or the network failed.
@@ -37,6 +38,11 @@ pub(super) fn report(error: &anyhow::Error) -> ExitCode {
         }
         if let Some(BenchError::Cancelled) = cause.downcast_ref() {
             return Some(INTERRUPTED);
+        }
+        match cause.downcast_ref::<DataError>() {
+            Some(DataError::Stopped) => return Some(INTERRUPTED),
+            Some(DataError::Io { .. } | DataError::Damaged { .. }) | None => {}
+            Some(_) => return Some(BAD_INPUT),
         }
         match cause.downcast_ref::<PipelineError>()? {
             PipelineError::Cancelled { .. } => Some(INTERRUPTED),

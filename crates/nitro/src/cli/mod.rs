@@ -1,6 +1,7 @@
 //! The command line: one module per command.
 
 mod bench;
+mod data;
 mod eval;
 mod failure;
 mod generate;
@@ -49,6 +50,9 @@ enum Command {
     /// Measure again in the miniature what the paper says
     #[command(subcommand)]
     Reproduce(reproduce::ReproduceCommand),
+    /// Make training data: raw image-text sets to MDS shards, synthetic pictures, features
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Look into models
     Model(ModelCommand),
     /// Measure this machine, and the full-size models on it
@@ -89,6 +93,7 @@ pub(crate) fn run() -> ExitCode {
         }) => eval::run(&args),
         Command::Train(command) => train::run(&command),
         Command::Reproduce(command) => reproduce::run(&command),
+        Command::Data(command) => data::run(&command),
         Command::Model(ModelCommand {
             command: Model::Info(args),
         }) => info::run(&args),

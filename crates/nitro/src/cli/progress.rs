@@ -30,6 +30,11 @@ impl Progress {
         self.bar.set_message(name.to_owned());
     }
 
+    /// Says something else beside the spinner or bar that is shown.
+    pub(super) fn tell(&self, message: &str) {
+        self.bar.set_message(message.to_owned());
+    }
+
     /// Shows a bar for `total` of something.
     pub(super) fn count(&self, name: &str, total: u64) {
         self.bar.set_style(style(

@@ -1,5 +1,5 @@
-//! JSON in the form of Python's `json.dumps` (", " and ": ", ASCII only), which GenEval's files and
-//! the strings inside its records have.
+//! JSON in the form of Python's `json.dumps` (", " and ": ", ASCII only), which MDS indexes and
+//! GenEval's files have.
 
 use std::io;
 
@@ -48,7 +48,7 @@ impl Formatter for Python {
 }
 
 /// `json.dumps(value)`.
-pub(crate) fn dumps(value: &impl Serialize) -> Result<String, serde_json::Error> {
+pub fn dumps(value: &impl Serialize) -> Result<String, serde_json::Error> {
     let mut out = Vec::new();
     value.serialize(&mut serde_json::Serializer::with_formatter(
         &mut out, Python,
