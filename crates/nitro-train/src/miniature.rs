@@ -33,7 +33,8 @@ pub struct LatentsPlan {
 /// Runs the configuration `config` in `dir`; what it exports goes to `export`.
 ///
 /// An autoencoder exports `dc-ae/`, a language model `text_encoder/`, a visual encoder
-/// `visual_encoder/`, an E-MMDiT `transformer.safetensors`, each as a Hub folder has it.
+/// `visual_encoder/`, an E-MMDiT `transformer.safetensors`, each as a Hub folder has it. Of several
+/// processes, the first writes them.
 pub fn run(
     config: &RunConfig,
     dir: &Path,
@@ -44,6 +45,9 @@ pub fn run(
         TaskConfig::Autoencoder(task) => {
             let training = Autoencoder::new(&config.run, task);
             let store = train(&training, config, dir, options)?;
+            if options.comm.rank() != 0 {
+                return Ok(());
+            }
             let factor = training.scaling_factor(&store.averaged())?;
             let out = export.join("dc-ae");
             write_json(
@@ -62,12 +66,18 @@ pub fn run(
                 crate::tokenizer::train(config.run.seed, task.tokenizer_captions, task.vocab_size)?;
             let training = LanguageModel::new(&config.run, task, &tokenizer);
             let store = train(&training, config, dir, options)?;
+            if options.comm.rank() != 0 {
+                return Ok(());
+            }
             crate::tokenizer::save(&tokenizer, &out)?;
             write_json(&out.join("config.json"), training.model())?;
             save(&store, &out.join("model.safetensors"), HashMap::new())
         }
         TaskConfig::VisualEncoder(task) => {
             let store = train(&VisualEncoder::new(&config.run, task), config, dir, options)?;
+            if options.comm.rank() != 0 {
+                return Ok(());
+            }
             let out = export.join("visual_encoder");
             write_json(&out.join("config.json"), &task.model)?;
             save(&store, &out.join("model.safetensors"), HashMap::new())
@@ -75,7 +85,10 @@ pub fn run(
         TaskConfig::Emmdit(task) => {
             let training = EmmditTraining::new(&config.run, task)?;
             let store = train(&training, config, dir, options)?;
-            export_emmdit(&task.model, &store, &export.join("transformer.safetensors"))
+            match options.comm.rank() {
+                0 => export_emmdit(&task.model, &store, &export.join("transformer.safetensors")),
+                _ => Ok(()),
+            }
         }
         TaskConfig::Lora(task) => crate::lora::run(config, task, dir, export, options),
         TaskConfig::Grpo(task) => crate::grpo::run(config, task, dir, export, options),

@@ -115,6 +115,7 @@ impl CommonArgs {
         RunOptions {
             quiet: self.quiet,
             stop: Some(interrupt::flag()),
+            ..RunOptions::default()
         }
     }
 }
