@@ -212,6 +212,10 @@ pub struct EmmditTask {
     /// REPA; the model then has a projector of the encoder's width (`model.repa`).
     #[serde(default)]
     pub repa: Option<RepaTask>,
+    /// Computes blocks again for their gradient instead of keeping their intermediate results: memory
+    /// for one block, for a third more arithmetic (the official `grad_checkpointing`).
+    #[serde(default)]
+    pub grad_checkpointing: bool,
     /// Prompts of the shapes bench that a score is measured on, one picture each.
     #[serde(default = "default_score_prompts")]
     pub score_prompts: usize,
@@ -285,7 +289,10 @@ impl RunConfig {
     }
 
     fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
-        let mut value: Value = serde_saphyr::from_str(text).map_err(|e| e.to_string())?;
+        let value: Value = serde_saphyr::from_str(text).map_err(|e| e.to_string())?;
+        // With its defaults filled in, so that every key there is can be overridden.
+        let config: Self = serde_json::from_value(value).map_err(|e| e.to_string())?;
+        let mut value = serde_json::to_value(config).map_err(|e| e.to_string())?;
         for item in overrides {
             apply_override(&mut value, item)?;
         }

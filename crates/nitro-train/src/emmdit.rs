@@ -29,8 +29,10 @@ use crate::language_model::encode_all;
 use crate::latents::{Latents, read_config};
 use crate::losses::{alignment, flow_matching, velocity_tokens};
 use crate::pictures::{sample_path, to_bytes, write_grid};
+use crate::recompute::{self, Inputs};
 use crate::repa::Teacher;
-use crate::trainer::{Losses, Task};
+use crate::store::ParameterStore;
+use crate::trainer::{Losses, Measured, Task, whole_gradients};
 
 /// Prompts of the sample grids: one or two of each kind of task.
 const PROMPTS: [&str; 16] = [
@@ -141,6 +143,25 @@ impl<'a> EmmditTraining<'a> {
         Ok(self.text_encoder.forward(ids, mask)?)
     }
 
+    /// A batch as tensors, with what the frozen encoders make of it.
+    fn inputs(&self, batch: Pairs) -> Result<Inputs, TrainError> {
+        let [c, h, w] = self.latents.shape;
+        let shape = [batch.timesteps.len(), c, h, w];
+        let device = Device::flex();
+        let latent =
+            |values: Vec<f32>| Tensor::<4>::from_data(TensorData::new(values, shape), &device);
+        let features = |teacher: &Teacher| -> Result<_, TrainError> {
+            Ok((teacher.features(batch.pictures)?, teacher.weight))
+        };
+        Ok(Inputs {
+            features: self.teacher.as_ref().map(features).transpose()?,
+            noisy: latent(batch.noisy),
+            target: velocity_tokens(latent(batch.target), self.task.model.patch_size),
+            text: self.text_states(&batch.captions)?,
+            times: batch.timesteps,
+        })
+    }
+
     /// Pictures `[prompts, 3, side, side]` that the averaged weights make, one per prompt and seed.
     fn pictures(
         &self,
@@ -225,31 +246,49 @@ impl Task for EmmditTraining<'_> {
     }
 
     fn loss(&self, p: &Params<'_>, batch: Pairs) -> Result<Losses, TrainError> {
-        let [c, h, w] = self.latents.shape;
-        let shape = [batch.timesteps.len(), c, h, w];
-        let device = Device::flex();
-        let latent =
-            |values: Vec<f32>| Tensor::<4>::from_data(TensorData::new(values, shape), &device);
-        let text = self.text_states(&batch.captions)?;
+        let Inputs {
+            noisy,
+            target,
+            text,
+            times,
+            features,
+        } = self.inputs(batch)?;
         let model = Emmdit::new(&self.task.model, p)?;
-        let output = model.forward_train(latent(batch.noisy), text, &batch.timesteps)?;
-        let target = velocity_tokens(latent(batch.target), self.task.model.patch_size);
+        let output = model.forward_train(noisy, text, &times)?;
         let difference = flow_matching(output.tokens, target);
-        let Some(teacher) = &self.teacher else {
-            return Ok(Losses {
-                total: difference,
-                parts: Vec::new(),
-            });
-        };
-        let features = [teacher.features(batch.pictures)?];
         let value = |loss: &Tensor<1>| f64::from(loss.clone().into_scalar::<f32>());
-        let mut parts = vec![("diff_loss", value(&difference))];
-        let mut total = difference;
-        if let Some(aligned) = alignment(output.projections, &features) {
+        let mut parts = Vec::new();
+        let mut total = difference.clone();
+        if let Some((features, weight)) = features
+            && let Some(aligned) = alignment(output.projections, &[features])
+        {
+            parts.push(("diff_loss", value(&difference)));
             parts.push(("proj_loss", value(&aligned)));
-            total = total + aligned * teacher.weight;
+            total = total + aligned * weight;
         }
         Ok(Losses { total, parts })
+    }
+
+    fn gradients(
+        &self,
+        store: &ParameterStore,
+        precision: Precision,
+        batch: Pairs,
+    ) -> Result<Measured, TrainError> {
+        if !self.task.grad_checkpointing {
+            return whole_gradients(self, store, precision, batch);
+        }
+        let inputs = self.inputs(batch)?;
+        let weight = inputs.features.as_ref().map(|(_, weight)| *weight);
+        let (difference, aligned, gradients) =
+            recompute::gradients(&self.task.model, store, precision, &inputs)?;
+        let mut numbers = vec![("loss", difference)];
+        if let (Some(aligned), Some(weight)) = (aligned, weight) {
+            numbers[0].1 += aligned * weight;
+            numbers.push(("diff_loss", difference));
+            numbers.push(("proj_loss", aligned));
+        }
+        Ok(Measured { numbers, gradients })
     }
 
     fn sample(

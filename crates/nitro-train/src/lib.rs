@@ -5,6 +5,7 @@
 //! configuration. The model is rebuilt around the step's tensors each time, so one definition of each
 //! model serves training and inference.
 
+pub mod ablations;
 mod adapter;
 pub mod autoencoder;
 pub mod checkpoint;
@@ -14,6 +15,7 @@ mod data;
 pub mod distill;
 pub mod emmdit;
 mod error;
+pub mod export;
 mod files;
 mod frozen;
 pub mod grpo;
@@ -26,6 +28,7 @@ pub mod optimizer;
 mod pictures;
 mod progress;
 pub mod prompts;
+mod recompute;
 mod repa;
 pub mod rewards;
 mod start;

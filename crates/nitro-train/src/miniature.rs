@@ -7,17 +7,17 @@ use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use nitro_models::emmdit::EmmditConfig;
-use nitro_models::{DType, save_safetensors};
 
 use crate::TrainError;
 use crate::autoencoder::{Autoencoder, shipped_config};
 use crate::config::{CommonConfig, EmmditTask, RepaTask, RunConfig, TaskConfig};
 use crate::emmdit::EmmditTraining;
+use crate::export::save_shipped;
 use crate::files::write_json;
-use crate::language_model::{LanguageModel, RECALL};
+use crate::language_model::LanguageModel;
 use crate::store::ParameterStore;
 use crate::trainer::{RunOptions, train};
-use crate::visual_encoder::{HEADS, VisualEncoder};
+use crate::visual_encoder::VisualEncoder;
 
 /// Number of cached pairs, and the size of their pictures.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +54,7 @@ pub fn run(
                 &out.join("config.json"),
                 &shipped_config(&task.model, factor),
             )?;
-            save(
+            save_shipped(
                 &store,
                 &out.join("diffusion_pytorch_model.safetensors"),
                 HashMap::new(),
@@ -71,7 +71,7 @@ pub fn run(
             }
             crate::tokenizer::save(&tokenizer, &out)?;
             write_json(&out.join("config.json"), training.model())?;
-            save(&store, &out.join("model.safetensors"), HashMap::new())
+            save_shipped(&store, &out.join("model.safetensors"), HashMap::new())
         }
         TaskConfig::VisualEncoder(task) => {
             let store = train(&VisualEncoder::new(&config.run, task), config, dir, options)?;
@@ -80,7 +80,7 @@ pub fn run(
             }
             let out = export.join("visual_encoder");
             write_json(&out.join("config.json"), &task.model)?;
-            save(&store, &out.join("model.safetensors"), HashMap::new())
+            save_shipped(&store, &out.join("model.safetensors"), HashMap::new())
         }
         TaskConfig::Emmdit(task) => {
             let training = EmmditTraining::new(&config.run, task)?;
@@ -107,27 +107,7 @@ pub(crate) fn export_emmdit(
         reason: e.to_string(),
     })?;
     let metadata = HashMap::from([("nitro.config".to_owned(), config)]);
-    save(store, path, metadata)
-}
-
-fn save(
-    store: &ParameterStore,
-    path: &Path,
-    metadata: HashMap<String, String>,
-) -> Result<(), TrainError> {
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(|source| TrainError::Io {
-            path: parent.to_owned(),
-            source,
-        })?;
-    }
-    let head = |name: &str| name.starts_with(RECALL) || name.starts_with(HEADS);
-    let tensors: Vec<_> = store
-        .iter()
-        .filter(|(name, entry)| entry.trainable && !head(name))
-        .map(|(name, entry)| (name.to_owned(), entry.shape.clone(), entry.averaged()))
-        .collect();
-    Ok(save_safetensors(path, &tensors, &metadata, DType::F16)?)
+    save_shipped(store, path, metadata)
 }
 
 /// The configurations of the miniature's runs, in order.

@@ -117,7 +117,12 @@ impl Log {
 
     /// Writes a line to the terminal and both files.
     pub(crate) fn write(&mut self, line: &Line) -> Result<(), TrainError> {
-        self.bar.set_message(message(line));
+        if let Some(score) = line["score"].as_f64() {
+            self.say(format!("step {}: score {score:.3}", line["step"]));
+        }
+        if line["images_per_second"].is_number() {
+            self.bar.set_message(message(line));
+        }
         let Some(files) = &mut self.files else {
             return Ok(());
         };
@@ -194,9 +199,6 @@ fn message(line: &Line) -> String {
     let skipped = number("skipped_steps").unwrap_or_default();
     if skipped > 0.0 {
         text += &format!(" skipped {skipped}");
-    }
-    if let Some(score) = number("score") {
-        text += &format!(" score {score:.3}");
     }
     text
 }

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use nitro_models::{Params, TensorMap};
+use nitro_ops::Precision;
 
 use crate::TrainError;
 use crate::checkpoint::Checkpoint;
@@ -33,6 +34,14 @@ pub struct Losses {
     pub parts: Vec<(&'static str, f64)>,
 }
 
+/// The numbers of a step, `loss` first, and its gradient.
+pub struct Measured {
+    /// Named numbers for the log.
+    pub numbers: Vec<(&'static str, f64)>,
+    /// Gradients by parameter name.
+    pub gradients: NamedGradients,
+}
+
 /// A model with its data and loss.
 pub trait Task: Sync {
     /// Some examples of one step, as a thread of its own makes them ahead of time.
@@ -48,6 +57,16 @@ pub trait Task: Sync {
 
     /// The mean loss of the model with parameters `p` over `batch`.
     fn loss(&self, p: &Params<'_>, batch: Self::Batch) -> Result<Losses, TrainError>;
+
+    /// The numbers of [`loss`](Self::loss) and its gradient.
+    fn gradients(
+        &self,
+        store: &ParameterStore,
+        precision: Precision,
+        batch: Self::Batch,
+    ) -> Result<Measured, TrainError> {
+        whole_gradients(self, store, precision, batch)
+    }
 
     /// Writes what the averaged weights make into `dir`, and names the picture, if there is one.
     fn sample(
@@ -67,6 +86,25 @@ pub trait Task: Sync {
     fn fingerprint(&self) -> Result<String, TrainError> {
         Ok(String::new())
     }
+}
+
+/// The gradient of a task's loss by one pass through the whole model and back.
+pub(crate) fn whole_gradients<T: Task + ?Sized>(
+    task: &T,
+    store: &ParameterStore,
+    precision: Precision,
+    batch: T::Batch,
+) -> Result<Measured, TrainError> {
+    let tensors = store.tracked();
+    let device = Device::flex().autodiff();
+    let losses = task.loss(&Params::new(&tensors, &device, precision), batch)?;
+    let total = f64::from(losses.total.clone().into_scalar::<f32>());
+    let mut numbers = vec![("loss", total)];
+    numbers.extend(losses.parts);
+    Ok(Measured {
+        numbers,
+        gradients: named_gradients(&tensors, store, losses.total.backward()),
+    })
 }
 
 /// How a run talks, when it stops, and with whom it shares the work.
@@ -139,13 +177,9 @@ pub fn train<T: Task>(
             meter: Meter::new(),
         };
         let whole = run.go();
-        log_end(&run, whole.is_ok());
+        run.log.finish(whole.is_ok());
         whole.map(|()| run.state.store)
     })
-}
-
-fn log_end<T: Task>(run: &Run<'_, T>, whole: bool) {
-    run.log.finish(whole);
 }
 
 /// A run in progress.
@@ -216,37 +250,34 @@ impl<T: Task> Run<'_, T> {
     /// One optimiser step; whether it was applied, and whether any process was asked to stop.
     fn step(&mut self) -> Result<(bool, bool), TrainError> {
         let common = &self.config.run;
-        let device = burn::tensor::Device::flex().autodiff();
         let weight = 1.0 / common.accumulate as f32;
         let mut gradients = NamedGradients::new();
-        let mut names = vec!["stop", "loss"];
         let asked = self.options.stop;
         let asked = asked.is_some_and(|flag| flag.load(Ordering::Relaxed));
-        let mut numbers = vec![f64::from(u8::from(asked)), 0.0];
+        let mut names = vec!["stop"];
+        let mut numbers = vec![f64::from(u8::from(asked))];
         for part in 0..common.accumulate {
             let waited = Instant::now();
             let batch = self.batches.recv().map_err(|_| TrainError::DataThread)??;
             self.meter.wait(waited.elapsed());
-            let tensors = self.state.store.tracked();
-            let params = Params::new(&tensors, &device, common.precision.into());
-            let losses = self.task.loss(&params, batch)?;
-            numbers[1] += f64::from(losses.total.clone().into_scalar::<f32>()) * f64::from(weight);
+            let precision = common.precision.into();
+            let measured = self.task.gradients(&self.state.store, precision, batch)?;
             if part == 0 {
-                names.extend(losses.parts.iter().map(|(name, _)| *name));
+                names.extend(measured.numbers.iter().map(|(name, _)| *name));
                 numbers.resize(names.len(), 0.0);
             }
-            for (sum, (_, value)) in numbers[2..].iter_mut().zip(&losses.parts) {
+            for (sum, (_, value)) in numbers[1..].iter_mut().zip(&measured.numbers) {
                 *sum += value * f64::from(weight);
             }
-            let more = named_gradients(&tensors, &self.state.store, losses.total.backward());
-            add_gradients(&mut gradients, more, weight);
+            add_gradients(&mut gradients, measured.gradients, weight);
         }
         comm::mean(self.comm, &mut gradients, &mut numbers)?;
+        let lr = self.rate(self.state.step);
         let report = step(
             &mut self.state.store,
             &gradients,
             &common.optimizer,
-            self.rate(self.state.step),
+            lr,
             self.state.updates + 1,
             common.gradient_clip,
             common.ema_rate,

@@ -73,7 +73,9 @@ pub fn run(
     bar.finish_and_clear();
     let pairs = Pairs::open(&task.pairs, &frozen, run.seed)?;
 
-    let mut state = start(config, dir, "", &Single, || initial(&frozen, task, run.seed))?;
+    let mut state = start(config, dir, "", &Single, || {
+        initial(&frozen, task, run.seed)
+    })?;
     let training = Training {
         distiller: Distiller {
             frozen: &frozen,

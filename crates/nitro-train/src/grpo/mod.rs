@@ -75,7 +75,9 @@ pub fn run(
         run: &config.run,
         task,
     };
-    let mut state = start(config, dir, "", &Single, || training.adapter.initialise(config.run.seed))?;
+    let mut state = start(config, dir, "", &Single, || {
+        training.adapter.initialise(config.run.seed)
+    })?;
     training.train(&mut state, dir, options)?;
 
     let name = "grpo";
