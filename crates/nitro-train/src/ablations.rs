@@ -16,6 +16,9 @@ use crate::emmdit::EmmditTraining;
 use crate::files::{write_json, write_whole};
 use crate::trainer::{RunOptions, train};
 
+/// Prompts of the score: the whole bench, since arms differ by little.
+const SCORED: usize = 240;
+
 /// One way to train.
 #[derive(Clone, Copy, Debug)]
 pub struct Arm {
@@ -100,6 +103,7 @@ pub fn configure(base: &RunConfig, arm: &Arm, steps: u64) -> Result<RunConfig, T
         });
     };
     (arm.apply)(task);
+    task.score_prompts = SCORED;
     let run = &mut config.run;
     run.max_steps = steps;
     // A learning rate that falls to zero shows what a short run has learnt.

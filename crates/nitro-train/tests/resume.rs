@@ -218,7 +218,10 @@ fn the_whole_recipe_runs() {
     std::fs::rename(folder.path().join("aside"), &out).unwrap();
 
     // The second stage starts from the first one's average, its projectors left behind.
-    let mut stage2 = with("miniature-stage2.yaml", &["run.optimizer.lr=0.0"]);
+    let mut stage2 = with(
+        "miniature-stage2.yaml",
+        &["run.optimizer.lr=0.0", "run.score_every=0"],
+    );
     place(&mut stage2);
     stage2.run.init_from = Some(runs.join("stage1"));
     miniature::run(&stage2, &runs.join("stage2"), &out, &quiet()).unwrap();
