@@ -44,7 +44,7 @@ impl Teacher {
         }
         latents.check_seeds()?;
         let files = WeightFiles::open(dir.join("model.safetensors"))?;
-        let params = Params::new(&files, &Device::flex(), precision);
+        let params = Params::new(&files, &Device::flex(), precision).for_inference();
         let mut encoder = Dinov2::new(&config, &params)?;
         let grid = task.model.sample_size / task.model.patch_size;
         if config.grid() != grid {
