@@ -9,6 +9,7 @@ mod block;
 mod compression;
 mod config;
 mod position;
+mod stages;
 
 use burn::tensor::{Tensor, TensorData};
 use nitro_kernels::pool::install;
@@ -16,6 +17,7 @@ use nitro_ops::{Activation, Precision, layer_norm_modulate, pixel_unshuffle, sil
 
 pub use self::config::{Adaln, EmmditConfig, RepaConfig};
 pub use self::position::PositionTable;
+pub use self::stages::EmmditState;
 
 use self::block::{Block, EPS};
 use self::compression::{Compressor, Reconstructor};
@@ -196,65 +198,28 @@ impl Emmdit {
                 observer(&name(), value.clone());
             }
         };
-        let [_, _, height, width] = latents.dims();
-        let grid = [
-            height / self.config.patch_size,
-            width / self.config.patch_size,
-        ];
-
-        let mut image = self.embed(latents, grid); // [B, T, D]
-        see(&|| "pos_embed".to_owned(), &image);
-        let (embedded, time) = self.time.forward(times); // [B, 1, D], [B, 6, D]
-        see(&|| "embedded_timestep".to_owned(), &embedded);
-        see(&|| "temb".to_owned(), &time);
-        let mut text = self.text_embed.forward(text); // [B, L, D]
-        see(&|| "context_embedder".to_owned(), &text);
-
+        let grid = self.tokens_of(&latents);
+        let mut state = self.begin_observed(latents, text, times, grid, &mut see);
         let mut projections = Vec::new();
-        let mut skip = None;
-        let mut index = 0;
-        for (group, blocks) in self.groups.iter().enumerate() {
-            if let (1, Some((compressor, _))) = (group, &self.compression) {
-                let compressed = compressor.forward(image.clone(), grid); // [B, T/4 + T/16, D]
-                see(&|| "tokencompressor".to_owned(), &compressed);
-                skip = Some(std::mem::replace(&mut image, compressed));
+        for index in 0..self.config.blocks() {
+            if project && index == self.config.block_groups[0] {
+                projections = self.project(&state.image);
             }
-            if let (2, Some((_, reconstructor))) = (group, &self.compression) {
-                if let Some(skip) = skip.take() {
-                    image = reconstructor.forward(image, skip, grid); // [B, T, D]
-                }
-                see(&|| "tokenreconstructor".to_owned(), &image);
-            }
-            if group == 2 && self.config.position_reinforcement {
-                let positions = self.reinforcement(grid);
-                see(&|| "pos_embed_lv0".to_owned(), &positions);
-                image = image + positions;
-            }
-            for block in blocks {
-                let (next_image, next_text) = block.forward(image, text.clone(), &time);
-                image = next_image;
-                see(&|| format!("block.{index:02}.hidden"), &image);
-                if let Some(next_text) = next_text {
-                    text = next_text;
-                    see(&|| format!("block.{index:02}.context"), &text);
-                }
-                index += 1;
-            }
-            if group == 0 && project {
-                projections = self
-                    .projectors
-                    .iter()
-                    .map(|layers| project_by(layers, &image))
-                    .collect();
-            }
+            state = self.advance_observed(index, state, grid, &mut see);
         }
-
+        let image = state.image;
         let image = layer_norm_modulate(image, None, None, EPS);
         see(&|| "norm_out".to_owned(), &image);
         Ok(EmmditOutput {
             tokens: self.proj_out.forward(image),
             projections,
         })
+    }
+
+    /// Rows and columns of tokens of `latents`.
+    fn tokens_of(&self, latents: &Tensor<4>) -> [usize; 2] {
+        let [_, _, height, width] = latents.dims();
+        [height, width].map(|side| side / self.config.patch_size)
     }
 
     fn check_inputs(

@@ -1,6 +1,7 @@
 //! Training a DC-AE on pictures of the shapes world.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use nitro_data::shapes::{Example, render};
@@ -12,8 +13,8 @@ use rayon::prelude::*;
 
 use crate::TrainError;
 use crate::config::{AutoencoderTask, CommonConfig};
-use crate::data::{HELD_OUT, example_seed, step_generator};
-use crate::pictures::{from_bytes, write_grid};
+use crate::data::{HELD_OUT, example_seed, noise_generator};
+use crate::pictures::{from_bytes, sample_path, write_grid};
 use crate::trainer::{Losses, Task};
 
 /// A DC-AE, its pictures and its loss.
@@ -22,11 +23,11 @@ pub struct Autoencoder<'a> {
     task: &'a AutoencoderTask,
 }
 
-/// The pictures of one step, `[batch, 3, side, side]` in `-1..=1`, and noise for the latents.
+/// Pictures of one step, `[count, 3, side, side]` in `-1..=1`, and a generator of each one's noise.
 pub struct Pictures {
     pixels: Vec<f32>,
     side: usize,
-    noise: CpuGenerator,
+    noise: Vec<CpuGenerator>,
 }
 
 impl<'a> Autoencoder<'a> {
@@ -55,7 +56,7 @@ impl Task for Autoencoder<'_> {
         Ok(())
     }
 
-    fn batch(&self, step: u64) -> Result<Pictures, TrainError> {
+    fn batch(&self, step: u64, examples: Range<usize>) -> Result<Pictures, TrainError> {
         let whole = self.task.image_size;
         let cropped = step + self.task.full_size_steps < self.common.max_steps;
         let side = if cropped {
@@ -63,8 +64,10 @@ impl Task for Autoencoder<'_> {
         } else {
             whole
         };
-        let seeds: Vec<u64> = (0..self.common.batch_size)
-            .map(|i| example_seed(self.common.seed, step, i))
+        let seed = self.common.seed;
+        let seeds: Vec<u64> = examples
+            .clone()
+            .map(|i| example_seed(seed, step, i))
             .collect();
         let pixels = seeds
             .par_iter()
@@ -78,19 +81,24 @@ impl Task for Autoencoder<'_> {
         Ok(Pictures {
             pixels,
             side,
-            noise: step_generator(self.common.seed, step),
+            noise: examples.map(|i| noise_generator(seed, step, i)).collect(),
         })
     }
 
-    fn loss(&self, p: &Params<'_>, mut batch: Pictures) -> Result<Losses, TrainError> {
+    fn loss(&self, p: &Params<'_>, batch: Pictures) -> Result<Losses, TrainError> {
         let model = Dcae::new(&self.task.model, p)?;
         let device = Device::flex();
-        let count = self.common.batch_size;
+        let count = batch.noise.len();
         let x = tensor(batch.pixels, count, batch.side, &device);
         let latent = model.encode(x.clone())?;
         let penalty = latent.clone().powi_scalar(2).mean();
         let dims = latent.dims();
-        let noise = batch.noise.randn(dims.iter().product());
+        let each = dims[1..].iter().product();
+        let noise: Vec<f32> = batch
+            .noise
+            .into_iter()
+            .flat_map(|mut generator| generator.randn(each))
+            .collect();
         let noise = Tensor::<4>::from_data(TensorData::new(noise, dims), &device);
         let y = model.decode(latent + noise * self.task.latent_noise)?;
         let difference = y - x;
@@ -109,17 +117,20 @@ impl Task for Autoencoder<'_> {
         })
     }
 
-    fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
+    fn sample(
+        &self,
+        averaged: &TensorMap,
+        step: u64,
+        dir: &Path,
+    ) -> Result<Option<PathBuf>, TrainError> {
         let params = Params::new(averaged, &Device::flex(), Precision::F32);
         let model = Dcae::new(&self.task.model, &params)?;
         let side = self.task.image_size;
         let x = tensor(held_out(8, side), 8, side, &Device::flex());
         let y = model.decode(model.encode(x.clone())?)?;
-        write_grid(
-            &dir.join(format!("step-{step:08}.png")),
-            Tensor::cat(vec![x, y], 0),
-            8,
-        )
+        let path = sample_path(dir, step);
+        write_grid(&path, Tensor::cat(vec![x, y], 0), 8)?;
+        Ok(Some(path))
     }
 }
 

@@ -2,13 +2,14 @@
 //!
 //! A checkpoint is one safetensors file `checkpoints/step-00001000.safetensors` holding, for every
 //! parameter, `weight/NAME`, `first/NAME`, `second/NAME` and `ema/NAME` in `f32`, and in its metadata
-//! the step and the resolved configuration. Data, noise and dropout are functions of (seed, step), so
+//! the step, the resolved configuration and what the data was. Data, noise and dropout are functions of (seed, step), so
 //! no generator state is stored.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use nitro_models::{DType, WeightFiles, save_safetensors};
+use nitro_models::{DType, WeightError, WeightFiles, save_safetensors};
 
 use crate::TrainError;
 use crate::store::{Entry, ParameterStore};
@@ -22,6 +23,8 @@ pub struct Checkpoint {
     pub updates: u64,
     /// The resolved configuration, as JSON.
     pub config: String,
+    /// What data and frozen models the run has ([`Task::fingerprint`](crate::trainer::Task)).
+    pub data: String,
     /// All parameters.
     pub store: ParameterStore,
 }
@@ -37,29 +40,62 @@ impl Checkpoint {
             source,
         })?;
         let path = dir.join(format!("step-{:08}.safetensors", self.step));
+        self.write(&path, None)?;
+        for old in list(&dir)?.into_iter().rev().skip(keep.max(1)) {
+            std::fs::remove_file(&old).map_err(|source| TrainError::Io { path: old, source })?;
+        }
+        Ok(path)
+    }
+
+    /// Keeps the checkpoint as `checkpoints/best.safetensors` if no earlier one had as high a score.
+    pub fn save_if_best(&self, run_dir: &Path, score: f64) -> Result<(), TrainError> {
+        let dir = run_dir.join("checkpoints");
+        let path = dir.join("best.safetensors");
+        let best = match path.exists() {
+            true => WeightFiles::open(&path)?
+                .metadata()
+                .get("nitro.score")
+                .cloned(),
+            false => None,
+        };
+        if best
+            .and_then(|text| text.parse().ok())
+            .is_some_and(|best: f64| best >= score)
+        {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&dir).map_err(|source| TrainError::Io { path: dir, source })?;
+        self.write(&path, Some(score))
+    }
+
+    fn write(&self, path: &Path, score: Option<f64>) -> Result<(), TrainError> {
         let mut tensors = Vec::new();
         for (name, entry) in self.store.iter() {
             let parts = [&entry.value, &entry.first, &entry.second, &entry.ema];
             for (part, values) in PARTS.iter().zip(parts) {
                 if !values.is_empty() {
-                    tensors.push((
-                        format!("{part}/{name}"),
-                        entry.shape.clone(),
-                        values.as_slice(),
-                    ));
+                    let name = format!("{part}/{name}");
+                    tensors.push((name, entry.shape.clone(), values.as_slice()));
                 }
             }
         }
-        let metadata = HashMap::from([
+        let mut metadata = HashMap::from([
             ("nitro.step".to_owned(), self.step.to_string()),
             ("nitro.updates".to_owned(), self.updates.to_string()),
             ("nitro.run".to_owned(), self.config.clone()),
+            ("nitro.data".to_owned(), self.data.clone()),
         ]);
-        save_safetensors(&path, &tensors, &metadata, DType::F32)?;
-        for old in list(&dir)?.into_iter().rev().skip(keep.max(1)) {
-            std::fs::remove_file(&old).map_err(|source| TrainError::Io { path: old, source })?;
-        }
-        Ok(path)
+        metadata.extend(score.map(|score| ("nitro.score".to_owned(), score.to_string())));
+        let bytes: usize = tensors.iter().map(|(_, _, values)| 4 * values.len()).sum();
+        save_safetensors(path, &tensors, &metadata, DType::F32).map_err(|error| match error {
+            WeightError::Io { path, source } if source.kind() == ErrorKind::StorageFull => {
+                TrainError::DiskFull {
+                    path,
+                    megabytes: bytes as u64 / 1_000_000 + 1,
+                }
+            }
+            other => other.into(),
+        })
     }
 
     /// The newest checkpoint of `run_dir`, if there is one.
@@ -116,6 +152,7 @@ impl Checkpoint {
             step: number("nitro.step")?,
             updates: number("nitro.updates")?,
             config: field("nitro.run")?,
+            data: metadata.get("nitro.data").cloned().unwrap_or_default(),
             store: ParameterStore::from_entries(entries),
         })
     }

@@ -37,8 +37,12 @@ pub struct CommonConfig {
     pub init_from: Option<PathBuf>,
     /// Optimiser steps.
     pub max_steps: u64,
-    /// Examples per step.
+    /// Examples per step, over all processes.
     pub batch_size: usize,
+    /// Parts that a process's share of a step is computed in, one after the other, to save memory
+    /// (gradient accumulation).
+    #[serde(default = "one_part")]
+    pub accumulate: usize,
     /// AdamW.
     pub optimizer: OptimizerConfig,
     /// Steps of linear warm-up from zero.
@@ -60,8 +64,16 @@ pub struct CommonConfig {
     pub keep: usize,
     /// Steps between lines of `metrics.jsonl`.
     pub log_every: u64,
-    /// Steps between sample pictures; 0 writes none.
+    /// Steps between sample pictures, the first at step 0; 0 writes none.
     pub sample_every: u64,
+    /// Steps between scores, the first at step 0; 0 computes none. The weights of the best score are
+    /// kept as `checkpoints/best.safetensors`.
+    #[serde(default)]
+    pub score_every: u64,
+}
+
+fn one_part() -> usize {
+    1
 }
 
 fn default_keep() -> usize {
@@ -200,6 +212,13 @@ pub struct EmmditTask {
     /// REPA; the model then has a projector of the encoder's width (`model.repa`).
     #[serde(default)]
     pub repa: Option<RepaTask>,
+    /// Computes blocks again for their gradient instead of keeping their intermediate results: memory
+    /// for one block, for a third more arithmetic (the official `grad_checkpointing`).
+    #[serde(default)]
+    pub grad_checkpointing: bool,
+    /// Prompts of the shapes bench that a score is measured on, one picture each.
+    #[serde(default = "default_score_prompts")]
+    pub score_prompts: usize,
     /// Tokens a caption is padded or cut to.
     pub text_tokens: usize,
     /// Probability of replacing a caption with the empty one, for classifier-free guidance.
@@ -210,6 +229,10 @@ pub struct EmmditTask {
     /// Standard deviation of the logit-normal timestep density.
     #[serde(default = "one")]
     pub logit_std: f32,
+}
+
+fn default_score_prompts() -> usize {
+    60
 }
 
 fn one() -> f32 {
@@ -242,8 +265,34 @@ impl RunConfig {
         })
     }
 
+    /// Whether a run of `processes` can be made of it, and if not, why.
+    pub fn check(&self, processes: usize) -> Result<(), TrainError> {
+        let run = &self.run;
+        let parts = processes * run.accumulate;
+        let reason = if run.batch_size == 0 || run.accumulate == 0 {
+            "batch_size and accumulate must be at least 1".to_owned()
+        } else if !run.batch_size.is_multiple_of(parts) {
+            format!(
+                "batch_size {} does not divide among {processes} processes and {} parts of each \
+                 (accumulate)",
+                run.batch_size, run.accumulate
+            )
+        } else if run.save_every == 0 || run.log_every == 0 {
+            "save_every and log_every must be at least 1".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(TrainError::Config {
+            origin: "run".into(),
+            reason,
+        })
+    }
+
     fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
-        let mut value: Value = serde_saphyr::from_str(text).map_err(|e| e.to_string())?;
+        let value: Value = serde_saphyr::from_str(text).map_err(|e| e.to_string())?;
+        // With its defaults filled in, so that every key there is can be overridden.
+        let config: Self = serde_json::from_value(value).map_err(|e| e.to_string())?;
+        let mut value = serde_json::to_value(config).map_err(|e| e.to_string())?;
         for item in overrides {
             apply_override(&mut value, item)?;
         }

@@ -19,9 +19,14 @@ pub(crate) fn example_seed(seed: u64, step: u64, index: usize) -> u64 {
 /// Examples from here on are seen by no training step; they serve samples and measurements.
 pub(crate) const HELD_OUT: u64 = u64::MAX / 2;
 
-/// The generator of noise, timesteps and dropout at `step`.
+/// The generator of noise, timestep and dropout of example `index` of `step`.
 ///
 /// A torch-compatible generator keeps the low 32 bits of its seed only.
+pub(crate) fn noise_generator(seed: u64, step: u64, index: usize) -> CpuGenerator {
+    CpuGenerator::new(example_seed(seed ^ 0x6E_6F69_7365, step, index) & 0xFFFF_FFFF)
+}
+
+/// The generator of what all examples of `step` share.
 pub(crate) fn step_generator(seed: u64, step: u64) -> CpuGenerator {
     CpuGenerator::new(mix(mix(seed ^ 0x6E_6F69_7365).wrapping_add(step)) & 0xFFFF_FFFF)
 }

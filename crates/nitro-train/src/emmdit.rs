@@ -6,13 +6,15 @@
 //! tokens are projected and aligned with a frozen DINOv2's patch features of the clean picture.
 //! Source: the official `train.py`.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use nitro_diffusion::guidance;
 use nitro_diffusion::noise::NoiseKind;
 use nitro_diffusion::sampler::Euler;
 use nitro_diffusion::schedule::{Density, FlowMatchEuler};
+use nitro_eval::shapes::{score_image, shapes_bench};
 use nitro_models::dcae::{DcaeConfig, Decoder};
 use nitro_models::emmdit::Emmdit;
 use nitro_models::llama::{Llama, LlamaConfig};
@@ -22,13 +24,15 @@ use tokenizers::Tokenizer;
 
 use crate::TrainError;
 use crate::config::{CommonConfig, EmmditTask};
-use crate::data::{shuffled, step_generator};
+use crate::data::{noise_generator, shuffled};
 use crate::language_model::encode_all;
 use crate::latents::{Latents, read_config};
 use crate::losses::{alignment, flow_matching, velocity_tokens};
-use crate::pictures::write_grid;
+use crate::pictures::{sample_path, to_bytes, write_grid};
+use crate::recompute::{self, Inputs};
 use crate::repa::Teacher;
-use crate::trainer::{Losses, Task};
+use crate::store::ParameterStore;
+use crate::trainer::{Losses, Measured, Task, whole_gradients};
 
 /// Prompts of the sample grids: one or two of each kind of task.
 const PROMPTS: [&str; 16] = [
@@ -49,6 +53,8 @@ const PROMPTS: [&str; 16] = [
     "a yellow star and a purple ring",
     "a red circle left of a blue square",
 ];
+/// Pictures made at once for a score.
+const TOGETHER: usize = 20;
 /// Sampling steps of the samples, and of the model when nothing else is asked for.
 pub(crate) const STEPS: usize = 20;
 /// Guidance scale, likewise.
@@ -68,13 +74,13 @@ pub struct EmmditTraining<'a> {
     teacher: Option<Teacher>,
 }
 
-/// The examples of one step.
+/// Examples of one step.
 pub struct Pairs {
-    noisy: Tensor<4>,
-    target: Tensor<3>, // [batch, tokens, patch * patch * c]
-    text: Tensor<3>,
+    noisy: Vec<f32>,  // [count, c, h, w]
+    target: Vec<f32>, // likewise: the velocity
+    captions: Vec<String>,
     timesteps: Vec<f32>,
-    features: Vec<Tensor<3>>, // REPA's target, if any
+    pictures: Vec<f32>, // what the REPA teacher looks at, if there is one
 }
 
 impl<'a> EmmditTraining<'a> {
@@ -137,95 +143,42 @@ impl<'a> EmmditTraining<'a> {
         let (ids, mask) = encode_all(&self.tokenizer, captions, length, &Device::flex())?;
         Ok(self.text_encoder.forward(ids, mask)?)
     }
-}
 
-impl Task for EmmditTraining<'_> {
-    type Batch = Pairs;
-
-    fn build(&self, p: &Params<'_>) -> Result<(), TrainError> {
-        Emmdit::new(&self.task.model, p)?;
-        Ok(())
-    }
-
-    fn batch(&self, step: u64) -> Result<Pairs, TrainError> {
-        let count = self.common.batch_size;
+    /// A batch as tensors, with what the frozen encoders make of it.
+    fn inputs(&self, batch: Pairs) -> Result<Inputs, TrainError> {
         let [c, h, w] = self.latents.shape;
-        let mut rng = step_generator(self.common.seed, step);
-        let density = Density::LogitNormal {
-            mean: f64::from(self.task.logit_mean),
-            std: f64::from(self.task.logit_std),
-        };
-        let levels: Vec<_> = density
-            .sample(count, &mut rng)
-            .into_iter()
-            .map(|u| self.schedule.level(u))
-            .collect();
-        let dropped = rng.rand(count);
-        let noise = rng.randn(count * c * h * w);
-        let place = step * count as u64;
-        let pairs: Vec<usize> = (0..count as u64)
-            .map(|i| shuffled(self.common.seed, place + i, self.latents.len()))
-            .collect();
-        let mut captions = Vec::with_capacity(count);
-        let (mut noisy, mut target) = (Vec::new(), Vec::new());
-        for (i, level) in levels.iter().enumerate() {
-            let (latent, caption) = self.latents.pair(pairs[i]);
-            let keep = f64::from(dropped[i]) >= self.task.caption_dropout;
-            captions.push(if keep { caption } else { "" });
-            let noise = &noise[i * c * h * w..(i + 1) * c * h * w];
-            for (z, n) in latent.iter().zip(noise) {
-                let z = z.to_f32();
-                noisy.push((1.0 - level.sigma) * z + level.sigma * n);
-                target.push(n - z);
-            }
-        }
+        let shape = [batch.timesteps.len(), c, h, w];
         let device = Device::flex();
-        let shape = [count, c, h, w];
-        let target = Tensor::<4>::from_data(TensorData::new(target, shape), &device);
-        Ok(Pairs {
-            noisy: Tensor::from_data(TensorData::new(noisy, shape), &device),
-            target: velocity_tokens(target, self.task.model.patch_size),
-            text: self.text_states(&captions)?,
-            timesteps: levels.iter().map(|level| level.timestep).collect(),
-            features: match &self.teacher {
-                Some(teacher) => vec![teacher.features(&self.latents, &pairs)?],
-                None => Vec::new(),
-            },
-        })
-    }
-
-    fn loss(&self, p: &Params<'_>, batch: Pairs) -> Result<Losses, TrainError> {
-        let model = Emmdit::new(&self.task.model, p)?;
-        let output = model.forward_train(batch.noisy, batch.text, &batch.timesteps)?;
-        let difference = flow_matching(output.tokens, batch.target);
-        let aligned = alignment(output.projections, &batch.features).zip(self.teacher.as_ref());
-        let Some((aligned, teacher)) = aligned else {
-            return Ok(Losses {
-                total: difference,
-                parts: Vec::new(),
-            });
+        let latent =
+            |values: Vec<f32>| Tensor::<4>::from_data(TensorData::new(values, shape), &device);
+        let features = |teacher: &Teacher| -> Result<_, TrainError> {
+            Ok((teacher.features(batch.pictures)?, teacher.weight))
         };
-        let value = |loss: &Tensor<1>| f64::from(loss.clone().into_scalar::<f32>());
-        Ok(Losses {
-            parts: vec![
-                ("diff_loss", value(&difference)),
-                ("proj_loss", value(&aligned)),
-            ],
-            total: difference + aligned * teacher.weight,
+        Ok(Inputs {
+            features: self.teacher.as_ref().map(features).transpose()?,
+            noisy: latent(batch.noisy),
+            target: velocity_tokens(latent(batch.target), self.task.model.patch_size),
+            text: self.text_states(&batch.captions)?,
+            times: batch.timesteps,
         })
     }
 
-    fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
+    /// Pictures `[prompts, 3, side, side]` that the averaged weights make, one per prompt and seed.
+    fn pictures(
+        &self,
+        averaged: &TensorMap,
+        prompts: &[&str],
+        seeds: &[u64],
+    ) -> Result<Tensor<4>, TrainError> {
         let device = Device::flex();
         let precision = Precision::from(self.common.precision);
         let params = Params::new(averaged, &device, precision).for_inference();
         let model = Emmdit::new(&self.task.model, &params)?;
         let [c, h, w] = self.latents.shape;
-        let count = PROMPTS.len();
+        let count = prompts.len();
         let empty = self.empty_text.clone().repeat_dim(0, count);
-        let text = Tensor::cat(vec![empty, self.text_states(&PROMPTS)?], 0);
-        let seeds: Vec<u64> = (0..count as u64).collect();
-        let noise = NoiseKind::TorchCpu.per_sample(&seeds, c * h * w);
+        let text = Tensor::cat(vec![empty, self.text_states(prompts)?], 0);
+        let noise = NoiseKind::TorchCpu.per_sample(seeds, c * h * w);
         let timetable = self.schedule.timetable(STEPS)?;
         let latents = Euler::new(&timetable).run(
             noise,
@@ -238,18 +191,165 @@ impl Task for EmmditTraining<'_> {
             }),
             |_| std::ops::ControlFlow::Continue(()),
         );
-        let latents = match latents {
-            Ok(latents) => latents,
-            Err(error) => {
-                let path = dir.to_owned();
-                return Err(TrainError::Picture {
-                    path,
-                    reason: error.to_string(),
-                });
-            }
-        };
+        let latents = latents.map_err(|error| TrainError::Config {
+            origin: "sampling".into(),
+            reason: error.to_string(),
+        })?;
         let latents = Tensor::<4>::from_data(TensorData::new(latents, [count, c, h, w]), &device);
-        let pictures = self.decoder.decode(latents / self.scaling_factor)?;
-        write_grid(&dir.join(format!("step-{step:08}.png")), pictures, 8)
+        Ok(self.decoder.decode(latents / self.scaling_factor)?)
+    }
+}
+
+impl Task for EmmditTraining<'_> {
+    type Batch = Pairs;
+
+    fn build(&self, p: &Params<'_>) -> Result<(), TrainError> {
+        Emmdit::new(&self.task.model, p)?;
+        Ok(())
+    }
+
+    fn batch(&self, step: u64, examples: Range<usize>) -> Result<Pairs, TrainError> {
+        let density = Density::LogitNormal {
+            mean: f64::from(self.task.logit_mean),
+            std: f64::from(self.task.logit_std),
+        };
+        let first = step * self.common.batch_size as u64;
+        let index = |i| shuffled(self.common.seed, first + i as u64, self.latents.len());
+        let pairs: Vec<usize> = examples.clone().map(index).collect();
+        let mut batch = Pairs {
+            noisy: Vec::new(),
+            target: Vec::new(),
+            captions: Vec::new(),
+            timesteps: Vec::new(),
+            pictures: match &self.teacher {
+                Some(teacher) => teacher.pictures(&self.latents, &pairs),
+                None => Vec::new(),
+            },
+        };
+        for (index, example) in pairs.into_iter().zip(examples) {
+            let (latent, caption) = self.latents.pair(index);
+            let mut rng = noise_generator(self.common.seed, step, example);
+            let u = density.sample(1, &mut rng)[0];
+            let level = self.schedule.level(u);
+            let keep = f64::from(rng.rand(1)[0]) >= self.task.caption_dropout;
+            let noise = rng.randn(latent.len());
+            batch.timesteps.push(level.timestep);
+            batch
+                .captions
+                .push(if keep { caption } else { "" }.to_owned());
+            for (z, n) in latent.iter().zip(noise) {
+                let z = z.to_f32();
+                batch.noisy.push((1.0 - level.sigma) * z + level.sigma * n);
+                batch.target.push(n - z);
+            }
+        }
+        Ok(batch)
+    }
+
+    fn loss(&self, p: &Params<'_>, batch: Pairs) -> Result<Losses, TrainError> {
+        let Inputs {
+            noisy,
+            target,
+            text,
+            times,
+            features,
+        } = self.inputs(batch)?;
+        let model = Emmdit::new(&self.task.model, p)?;
+        let output = model.forward_train(noisy, text, &times)?;
+        let difference = flow_matching(output.tokens, target);
+        let value = |loss: &Tensor<1>| f64::from(loss.clone().into_scalar::<f32>());
+        let mut parts = Vec::new();
+        let mut total = difference.clone();
+        if let Some((features, weight)) = features
+            && let Some(aligned) = alignment(output.projections, &[features])
+        {
+            parts.push(("diff_loss", value(&difference)));
+            parts.push(("proj_loss", value(&aligned)));
+            total = total + aligned * weight;
+        }
+        Ok(Losses { total, parts })
+    }
+
+    fn gradients(
+        &self,
+        store: &ParameterStore,
+        precision: Precision,
+        batch: Pairs,
+    ) -> Result<Measured, TrainError> {
+        if !self.task.grad_checkpointing {
+            return whole_gradients(self, store, precision, batch);
+        }
+        let inputs = self.inputs(batch)?;
+        let weight = inputs.features.as_ref().map(|(_, weight)| *weight);
+        let (difference, aligned, gradients) =
+            recompute::gradients(&self.task.model, store, precision, &inputs)?;
+        let mut numbers = vec![("loss", difference)];
+        if let (Some(aligned), Some(weight)) = (aligned, weight) {
+            numbers[0].1 += aligned * weight;
+            numbers.push(("diff_loss", difference));
+            numbers.push(("proj_loss", aligned));
+        }
+        Ok(Measured { numbers, gradients })
+    }
+
+    fn sample(
+        &self,
+        averaged: &TensorMap,
+        step: u64,
+        dir: &Path,
+    ) -> Result<Option<PathBuf>, TrainError> {
+        let seeds: Vec<u64> = (0..PROMPTS.len() as u64).collect();
+        let path = sample_path(dir, step);
+        write_grid(&path, self.pictures(averaged, &PROMPTS, &seeds)?, 8)?;
+        Ok(Some(path))
+    }
+
+    /// The share of pictures right, of some prompts of the shapes bench spread over its tasks.
+    fn score(&self, averaged: &TensorMap) -> Result<Option<f64>, TrainError> {
+        let bench = shapes_bench();
+        let count = self.task.score_prompts.min(bench.len());
+        if count == 0 {
+            return Ok(None);
+        }
+        let chosen: Vec<_> = (0..count)
+            .map(|i| &bench[i * bench.len() / count])
+            .collect();
+        let mut correct = 0;
+        for group in chosen.chunks(TOGETHER) {
+            let prompts: Vec<&str> = group.iter().map(|prompt| prompt.prompt()).collect();
+            // Seed 0 for each, as the bench's first picture of a prompt has.
+            let pictures = self.pictures(averaged, &prompts, &vec![0; group.len()])?;
+            let [_, _, height, width] = pictures.dims();
+            for (prompt, rgb) in group.iter().zip(to_bytes(pictures)) {
+                let judged = score_image(prompt, "a sample", &rgb, width, height);
+                let judged = judged.map_err(|error| TrainError::Config {
+                    origin: "the score".into(),
+                    reason: error.to_string(),
+                })?;
+                correct += usize::from(judged.correct);
+            }
+        }
+        Ok(Some(correct as f64 / count as f64))
+    }
+
+    fn fingerprint(&self) -> Result<String, TrainError> {
+        let mut text = format!(
+            "{} pairs {:08x}",
+            self.latents.len(),
+            self.latents.checksum()
+        );
+        let encoder = self.task.frozen.join("text_encoder");
+        let mut parts = vec![
+            ("text encoder", encoder.join("model.safetensors")),
+            ("tokenizer", encoder.join("tokenizer.json")),
+        ];
+        if let Some(repa) = &self.task.repa {
+            parts.push(("visual encoder", repa.encoder.join("model.safetensors")));
+        }
+        for (name, path) in parts {
+            let bytes = std::fs::read(&path).map_err(|source| TrainError::Io { path, source })?;
+            text += &format!(", {name} {:08x}", crc32c::crc32c(&bytes));
+        }
+        Ok(text)
     }
 }

@@ -72,6 +72,23 @@ pub enum TrainError {
         /// What differs and what to do.
         reason: String,
     },
+    /// The disk is full.
+    #[error(
+        "{path}: the disk is full, and a checkpoint of this run takes {megabytes} MB; what was \
+         written before is whole: free some space and run the same command again"
+    )]
+    DiskFull {
+        /// The file.
+        path: PathBuf,
+        /// What it takes.
+        megabytes: u64,
+    },
+    /// The thread that makes batches ended.
+    #[error("the thread that makes batches ended before the run; its message is above")]
+    DataThread,
+    /// Another process of the run is gone, or MPI does not work.
+    #[error("processes of the run cannot reach each other: {0}")]
+    Comm(String),
     /// Too many steps in a row had a gradient that is not finite.
     #[error(
         "{steps} steps in a row had a gradient that is not finite (last at step {step}); lower the learning rate"

@@ -6,7 +6,8 @@
 //! allow that. So small heads, dropped after training, must recall the token at each position and the
 //! ones before it from the last hidden state.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use nitro_data::shapes::captions;
@@ -117,9 +118,10 @@ impl Task for LanguageModel<'_> {
         Ok(())
     }
 
-    fn batch(&self, step: u64) -> Result<Vec<String>, TrainError> {
+    fn batch(&self, step: u64, examples: Range<usize>) -> Result<Vec<String>, TrainError> {
         Ok(captions(example_seed(self.common.seed, step, 0))
-            .take(self.common.batch_size)
+            .skip(examples.start)
+            .take(examples.len())
             .collect())
     }
 
@@ -156,7 +158,7 @@ impl Task for LanguageModel<'_> {
         })
     }
 
-    fn sample(&self, _: &TensorMap, _: u64, _: &Path) -> Result<(), TrainError> {
-        Ok(())
+    fn sample(&self, _: &TensorMap, _: u64, _: &Path) -> Result<Option<PathBuf>, TrainError> {
+        Ok(None)
     }
 }

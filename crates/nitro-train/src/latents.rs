@@ -144,6 +144,14 @@ impl Latents {
         Ok(all)
     }
 
+    /// A checksum of all latents and captions.
+    pub fn checksum(&self) -> u32 {
+        let start = crc32c::crc32c(bytemuck::cast_slice(&self.values));
+        self.captions.iter().fold(start, |sum, caption| {
+            crc32c::crc32c_append(sum, caption.as_bytes())
+        })
+    }
+
     /// Number of pairs.
     pub fn len(&self) -> usize {
         self.captions.len()

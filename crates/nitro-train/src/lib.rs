@@ -5,14 +5,17 @@
 //! configuration. The model is rebuilt around the step's tensors each time, so one definition of each
 //! model serves training and inference.
 
+pub mod ablations;
 mod adapter;
 pub mod autoencoder;
 pub mod checkpoint;
+pub mod comm;
 pub mod config;
 mod data;
 pub mod distill;
 pub mod emmdit;
 mod error;
+pub mod export;
 mod files;
 mod frozen;
 pub mod grpo;
@@ -23,11 +26,14 @@ pub mod losses;
 pub mod miniature;
 pub mod optimizer;
 mod pictures;
+mod progress;
 pub mod prompts;
+mod recompute;
 mod repa;
 pub mod rewards;
 mod start;
 pub mod store;
+pub mod tensorboard;
 pub mod tokenizer;
 pub mod trainer;
 pub mod visual_encoder;

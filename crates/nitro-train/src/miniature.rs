@@ -7,17 +7,17 @@ use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use nitro_models::emmdit::EmmditConfig;
-use nitro_models::{DType, save_safetensors};
 
 use crate::TrainError;
 use crate::autoencoder::{Autoencoder, shipped_config};
 use crate::config::{CommonConfig, EmmditTask, RepaTask, RunConfig, TaskConfig};
 use crate::emmdit::EmmditTraining;
+use crate::export::save_shipped;
 use crate::files::write_json;
-use crate::language_model::{LanguageModel, RECALL};
+use crate::language_model::LanguageModel;
 use crate::store::ParameterStore;
 use crate::trainer::{RunOptions, train};
-use crate::visual_encoder::{HEADS, VisualEncoder};
+use crate::visual_encoder::VisualEncoder;
 
 /// Number of cached pairs, and the size of their pictures.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +33,8 @@ pub struct LatentsPlan {
 /// Runs the configuration `config` in `dir`; what it exports goes to `export`.
 ///
 /// An autoencoder exports `dc-ae/`, a language model `text_encoder/`, a visual encoder
-/// `visual_encoder/`, an E-MMDiT `transformer.safetensors`, each as a Hub folder has it.
+/// `visual_encoder/`, an E-MMDiT `transformer.safetensors`, each as a Hub folder has it. Of several
+/// processes, the first writes them.
 pub fn run(
     config: &RunConfig,
     dir: &Path,
@@ -44,13 +45,16 @@ pub fn run(
         TaskConfig::Autoencoder(task) => {
             let training = Autoencoder::new(&config.run, task);
             let store = train(&training, config, dir, options)?;
+            if options.comm.rank() != 0 {
+                return Ok(());
+            }
             let factor = training.scaling_factor(&store.averaged())?;
             let out = export.join("dc-ae");
             write_json(
                 &out.join("config.json"),
                 &shipped_config(&task.model, factor),
             )?;
-            save(
+            save_shipped(
                 &store,
                 &out.join("diffusion_pytorch_model.safetensors"),
                 HashMap::new(),
@@ -62,20 +66,29 @@ pub fn run(
                 crate::tokenizer::train(config.run.seed, task.tokenizer_captions, task.vocab_size)?;
             let training = LanguageModel::new(&config.run, task, &tokenizer);
             let store = train(&training, config, dir, options)?;
+            if options.comm.rank() != 0 {
+                return Ok(());
+            }
             crate::tokenizer::save(&tokenizer, &out)?;
             write_json(&out.join("config.json"), training.model())?;
-            save(&store, &out.join("model.safetensors"), HashMap::new())
+            save_shipped(&store, &out.join("model.safetensors"), HashMap::new())
         }
         TaskConfig::VisualEncoder(task) => {
             let store = train(&VisualEncoder::new(&config.run, task), config, dir, options)?;
+            if options.comm.rank() != 0 {
+                return Ok(());
+            }
             let out = export.join("visual_encoder");
             write_json(&out.join("config.json"), &task.model)?;
-            save(&store, &out.join("model.safetensors"), HashMap::new())
+            save_shipped(&store, &out.join("model.safetensors"), HashMap::new())
         }
         TaskConfig::Emmdit(task) => {
             let training = EmmditTraining::new(&config.run, task)?;
             let store = train(&training, config, dir, options)?;
-            export_emmdit(&task.model, &store, &export.join("transformer.safetensors"))
+            match options.comm.rank() {
+                0 => export_emmdit(&task.model, &store, &export.join("transformer.safetensors")),
+                _ => Ok(()),
+            }
         }
         TaskConfig::Lora(task) => crate::lora::run(config, task, dir, export, options),
         TaskConfig::Grpo(task) => crate::grpo::run(config, task, dir, export, options),
@@ -94,27 +107,7 @@ pub(crate) fn export_emmdit(
         reason: e.to_string(),
     })?;
     let metadata = HashMap::from([("nitro.config".to_owned(), config)]);
-    save(store, path, metadata)
-}
-
-fn save(
-    store: &ParameterStore,
-    path: &Path,
-    metadata: HashMap<String, String>,
-) -> Result<(), TrainError> {
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(|source| TrainError::Io {
-            path: parent.to_owned(),
-            source,
-        })?;
-    }
-    let head = |name: &str| name.starts_with(RECALL) || name.starts_with(HEADS);
-    let tensors: Vec<_> = store
-        .iter()
-        .filter(|(name, entry)| entry.trainable && !head(name))
-        .map(|(name, entry)| (name.to_owned(), entry.shape.clone(), entry.averaged()))
-        .collect();
-    Ok(save_safetensors(path, &tensors, &metadata, DType::F16)?)
+    save_shipped(store, path, metadata)
 }
 
 /// The configurations of the miniature's runs, in order.

@@ -32,7 +32,15 @@ pub fn named_gradients(
 
 /// Adds gradients to those of other batches.
 pub fn accumulate(total: &mut NamedGradients, more: NamedGradients) {
-    for (name, grad) in more {
+    add_gradients(total, more, 1.0);
+}
+
+/// Adds `weight` times `more` to `total`.
+pub(crate) fn add_gradients(total: &mut NamedGradients, more: NamedGradients, weight: f32) {
+    for (name, mut grad) in more {
+        if weight != 1.0 {
+            grad.iter_mut().for_each(|value| *value *= weight);
+        }
         match total.get_mut(&name) {
             Some(sum) => {
                 for (sum, grad) in sum.iter_mut().zip(&grad) {

@@ -1,6 +1,6 @@
 //! Pictures to tensors and back.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::Tensor;
 use image::RgbImage;
@@ -57,6 +57,11 @@ pub(crate) fn to_bytes(pictures: Tensor<4>) -> Vec<Vec<u8>> {
         .take(count)
         .map(|p| p.iter().map(byte).collect())
         .collect()
+}
+
+/// Where the sample pictures of `step` lie.
+pub(crate) fn sample_path(dir: &Path, step: u64) -> PathBuf {
+    dir.join(format!("step-{step:08}.png"))
 }
 
 /// Writes pictures `[n, 3, h, w]` in `-1..=1` as one PNG, `columns` in a row.

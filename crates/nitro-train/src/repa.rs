@@ -44,7 +44,7 @@ impl Teacher {
         }
         latents.check_seeds()?;
         let files = WeightFiles::open(dir.join("model.safetensors"))?;
-        let params = Params::new(&files, &Device::flex(), precision);
+        let params = Params::new(&files, &Device::flex(), precision).for_inference();
         let mut encoder = Dinov2::new(&config, &params)?;
         let grid = task.model.sample_size / task.model.patch_size;
         if config.grid() != grid {
@@ -57,21 +57,23 @@ impl Teacher {
         })
     }
 
-    /// The features of the pictures of these pairs, `[pairs, T, z]`: one per token of the model.
-    pub(crate) fn features(
-        &self,
-        latents: &Latents,
-        pairs: &[usize],
-    ) -> Result<Tensor<3>, TrainError> {
+    /// The pictures of these pairs, `[pairs, 3, side, side]`, as the encoder takes them.
+    pub(crate) fn pictures(&self, latents: &Latents, pairs: &[usize]) -> Vec<f32> {
         let side = self.side;
-        let pixels: Vec<f32> = pairs
+        pairs
             .par_iter()
             .flat_map_iter(|index| {
                 let scene = Example::from_seed(latents.seed(*index)).scene;
                 normalised(from_bytes(&render(&scene, side), side, (0, 0), side))
             })
-            .collect();
-        let pictures = TensorData::new(pixels, [pairs.len(), 3, side, side]);
+            .collect()
+    }
+
+    /// The features of [`pictures`](Self::pictures), `[pairs, T, z]`: one per token of the model.
+    pub(crate) fn features(&self, pictures: Vec<f32>) -> Result<Tensor<3>, TrainError> {
+        let side = self.side;
+        let count = pictures.len() / (3 * side * side);
+        let pictures = TensorData::new(pictures, [count, 3, side, side]);
         let pictures = Tensor::from_data(pictures, &Device::flex());
         Ok(self.encoder.forward_features(pictures)?.patches)
     }

@@ -1,25 +1,30 @@
-//! The loop that every run goes through: batch, loss, gradient, step; progress, samples, checkpoints.
+//! The loop that every run goes through: batch, loss, gradient, step; progress, samples, scores,
+//! checkpoints.
 
-use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::Instant;
 
-use burn::tensor::Tensor;
-use indicatif::{ProgressBar, ProgressStyle};
+use burn::tensor::{Device, Tensor};
 use nitro_models::{Params, TensorMap};
-use serde_json::json;
+use nitro_ops::Precision;
 
 use crate::TrainError;
 use crate::checkpoint::Checkpoint;
-use crate::config::{CommonConfig, RunConfig};
-use crate::files::write_json;
-use crate::optimizer::{learning_rate, named_gradients, step};
-use crate::start::initial_from;
+use crate::comm::{self, Comm, Single};
+use crate::config::RunConfig;
+use crate::optimizer::{NamedGradients, add_gradients, learning_rate, named_gradients, step};
+use crate::progress::{Log, Meter};
+use crate::start::{initial, start};
 use crate::store::ParameterStore;
 
 /// Steps with a gradient that is not finite, in a row, that end a run.
 const MAX_SKIPPED: u64 = 50;
+/// Parts of batches that are made ahead of the step in hand.
+const AHEAD: usize = 2;
 
 /// What a training step minimises, and what it reports.
 pub struct Losses {
@@ -29,32 +34,98 @@ pub struct Losses {
     pub parts: Vec<(&'static str, f64)>,
 }
 
+/// The numbers of a step, `loss` first, and its gradient.
+pub struct Measured {
+    /// Named numbers for the log.
+    pub numbers: Vec<(&'static str, f64)>,
+    /// Gradients by parameter name.
+    pub gradients: NamedGradients,
+}
+
 /// A model with its data and loss.
-pub trait Task {
-    /// The examples of one step.
-    type Batch;
+pub trait Task: Sync {
+    /// Some examples of one step, as a thread of its own makes them ahead of time.
+    type Batch: Send;
 
     /// Asks `p` for every parameter of the model.
     fn build(&self, p: &Params<'_>) -> Result<(), TrainError>;
 
-    /// The examples of `step`: a function of the seed and the step alone, so that a resumed run sees
-    /// what the run it goes on from would have seen.
-    fn batch(&self, step: u64) -> Result<Self::Batch, TrainError>;
+    /// The examples `examples` of the batch of `step`: a function of the seed, the step and the
+    /// example's number alone. A resumed run sees what the run it goes on from would have seen, and
+    /// several processes together what one would.
+    fn batch(&self, step: u64, examples: Range<usize>) -> Result<Self::Batch, TrainError>;
 
-    /// The loss of the model with parameters `p` on `batch`.
+    /// The mean loss of the model with parameters `p` over `batch`.
     fn loss(&self, p: &Params<'_>, batch: Self::Batch) -> Result<Losses, TrainError>;
 
-    /// Writes what the averaged weights make into `dir`, under a name that tells the step.
-    fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError>;
+    /// The numbers of [`loss`](Self::loss) and its gradient.
+    fn gradients(
+        &self,
+        store: &ParameterStore,
+        precision: Precision,
+        batch: Self::Batch,
+    ) -> Result<Measured, TrainError> {
+        whole_gradients(self, store, precision, batch)
+    }
+
+    /// Writes what the averaged weights make into `dir`, and names the picture, if there is one.
+    fn sample(
+        &self,
+        averaged: &TensorMap,
+        step: u64,
+        dir: &Path,
+    ) -> Result<Option<PathBuf>, TrainError>;
+
+    /// How good the averaged weights are, more being better; `None` for a task without a score.
+    fn score(&self, averaged: &TensorMap) -> Result<Option<f64>, TrainError> {
+        let _ = averaged;
+        Ok(None)
+    }
+
+    /// What data and frozen models the run has, as a text that is another one for others.
+    fn fingerprint(&self) -> Result<String, TrainError> {
+        Ok(String::new())
+    }
 }
 
-/// How a run talks and when it stops.
-#[derive(Clone, Debug, Default)]
+/// The gradient of a task's loss by one pass through the whole model and back.
+pub(crate) fn whole_gradients<T: Task + ?Sized>(
+    task: &T,
+    store: &ParameterStore,
+    precision: Precision,
+    batch: T::Batch,
+) -> Result<Measured, TrainError> {
+    let tensors = store.tracked();
+    let device = Device::flex().autodiff();
+    let losses = task.loss(&Params::new(&tensors, &device, precision), batch)?;
+    let total = f64::from(losses.total.clone().into_scalar::<f32>());
+    let mut numbers = vec![("loss", total)];
+    numbers.extend(losses.parts);
+    Ok(Measured {
+        numbers,
+        gradients: named_gradients(&tensors, store, losses.total.backward()),
+    })
+}
+
+/// How a run talks, when it stops, and with whom it shares the work.
+#[derive(Clone, Debug)]
 pub struct RunOptions {
     /// No progress bar.
     pub quiet: bool,
     /// Set from outside (Ctrl-C): the run writes a checkpoint and stops after the step in hand.
     pub stop: Option<&'static AtomicBool>,
+    /// The processes of the run.
+    pub comm: Arc<dyn Comm>,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self {
+            quiet: false,
+            stop: None,
+            comm: Arc::new(Single),
+        }
+    }
 }
 
 /// Trains `task` as `config` says in `dir`, from its newest checkpoint if there is one, and returns
@@ -65,18 +136,14 @@ pub fn train<T: Task>(
     dir: &Path,
     options: &RunOptions,
 ) -> Result<ParameterStore, TrainError> {
-    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io {
-        path: dir.to_owned(),
-        source,
-    })?;
+    let comm = options.comm.as_ref();
+    config.check(comm.size())?;
     let common = &config.run;
-    let mut state = start(config, dir, || match &config.run.init_from {
-        Some(path) => initial_from(path, config.run.seed, |p| task.build(p)),
-        None => ParameterStore::initialise(config.run.seed, |p| task.build(p)),
+    let state = start(config, dir, &task.fingerprint()?, comm, || {
+        initial(config, |p| task.build(p))
     })?;
-    let mut log = MetricsLog::open(dir)?;
-    let bar = progress_bar(common, state.step, options.quiet);
-    bar.println(format!(
+    let mut log = Log::open(dir, state.step, common, comm.rank() == 0, options.quiet)?;
+    log.say(format!(
         "{}: {:.2}M parameters, {} steps of {} from step {}",
         config.task.kind(),
         state.store.trainable_count() as f64 / 1e6,
@@ -84,253 +151,177 @@ pub fn train<T: Task>(
         common.batch_size,
         state.step
     ));
-    let samples = dir.join("samples");
-    if common.sample_every > 0 && state.step == 0 {
-        sample(task, &state.store, 0, &samples)?;
-    }
-    let mut meter = Meter::new();
-    let mut skipped = 0;
-    while state.step < common.max_steps {
-        let begun = Instant::now();
-        let batch = task.batch(state.step)?;
-        meter.data += begun.elapsed();
-
-        let tensors = state.store.tracked();
-        let device = burn::tensor::Device::flex().autodiff();
-        let losses = task.loss(
-            &Params::new(&tensors, &device, common.precision.into()),
-            batch,
-        )?;
-        let total = f64::from(losses.total.clone().into_scalar::<f32>());
-        let gradients = named_gradients(&tensors, &state.store, losses.total.backward());
-        let lr = learning_rate(
-            common.optimizer.lr,
-            state.step,
-            common.max_steps,
-            common.warmup_steps,
-            common.decay_steps,
-        );
-        let report = step(
-            &mut state.store,
-            &gradients,
-            &common.optimizer,
-            lr,
-            state.updates + 1,
-            common.gradient_clip,
-            common.ema_rate,
-        )?;
-        state.step += 1;
-        if report.applied {
-            state.updates += 1;
-            skipped = 0;
-            meter.add(total, &losses.parts, report.grad_norm);
-        } else {
-            skipped += 1;
-            if skipped >= MAX_SKIPPED {
-                return Err(TrainError::NotFinite {
-                    steps: skipped,
-                    step: state.step,
-                });
+    let first = state.step;
+    std::thread::scope(|scope| {
+        let (send, batches) = sync_channel(AHEAD);
+        scope.spawn(move || {
+            for step in first..common.max_steps {
+                for part in 0..common.accumulate {
+                    let share = comm::share(comm, common.batch_size, part, common.accumulate);
+                    // The run may have ended before all was read.
+                    if send.send(task.batch(step, share)).is_err() {
+                        return;
+                    }
+                }
             }
-        }
-        bar.set_position(state.step);
-        if state.step % common.log_every == 0 || state.step == common.max_steps {
-            let line = meter.take(state.step, lr, common.batch_size);
-            bar.set_message(line.message);
-            log.write(&line.json)?;
-        }
-        let stop = options
-            .stop
-            .is_some_and(|flag| flag.load(Ordering::Relaxed));
-        if state.step % common.save_every == 0 || state.step == common.max_steps || stop {
-            state.save(dir, common.keep)?;
-        }
-        if common.sample_every > 0
-            && (state.step % common.sample_every == 0 || state.step == common.max_steps)
-        {
-            sample(task, &state.store, state.step, &samples)?;
-        }
-        if stop && state.step < common.max_steps {
-            bar.abandon();
-            return Err(TrainError::Interrupted { step: state.step });
-        }
-    }
-    bar.finish();
-    Ok(state.store)
-}
-
-/// The newest checkpoint of `dir`, or a fresh start with the `initial` parameters.
-pub(crate) fn start(
-    config: &RunConfig,
-    dir: &Path,
-    initial: impl FnOnce() -> Result<ParameterStore, TrainError>,
-) -> Result<Checkpoint, TrainError> {
-    let text = serde_json::to_string(config).map_err(|e| TrainError::Config {
-        origin: "the run's configuration".into(),
-        reason: e.to_string(),
-    })?;
-    if let Some((path, checkpoint)) = Checkpoint::latest(dir)? {
-        check_resumable(&path, &checkpoint, config)?;
-        return Ok(Checkpoint {
-            config: text,
-            ..checkpoint
         });
-    }
-    write_json(&dir.join("config.json"), config)?;
-    Ok(Checkpoint {
-        step: 0,
-        updates: 0,
-        config: text,
-        store: initial()?,
+        let mut run = Run {
+            task,
+            config,
+            dir,
+            options,
+            comm,
+            state,
+            log: &mut log,
+            batches,
+            meter: Meter::new(),
+        };
+        let whole = run.go();
+        run.log.finish(whole.is_ok());
+        whole.map(|()| run.state.store)
     })
 }
 
-/// A run may be resumed with another length or other intervals, not as another model or with other
-/// data or mathematics.
-fn check_resumable(
-    path: &Path,
-    checkpoint: &Checkpoint,
-    config: &RunConfig,
-) -> Result<(), TrainError> {
-    let resume = |reason: String| TrainError::Resume {
-        path: path.to_owned(),
-        reason,
-    };
-    let old: RunConfig = serde_json::from_str(&checkpoint.config)
-        .map_err(|e| resume(format!("its configuration cannot be read ({e})")))?;
-    let essence = |config: &RunConfig| {
-        let run = &config.run;
-        let mut task = json!(config.task);
-        // Part of the schedule, like `max_steps`, or what is watched on the way.
-        for key in ["full_size_steps", "eval", "collapse"] {
-            task.as_object_mut().map(|task| task.remove(key));
+/// A run in progress.
+struct Run<'a, T: Task> {
+    task: &'a T,
+    config: &'a RunConfig,
+    dir: &'a Path,
+    options: &'a RunOptions,
+    comm: &'a dyn Comm,
+    state: Checkpoint,
+    log: &'a mut Log,
+    batches: Receiver<Result<T::Batch, TrainError>>,
+    meter: Meter,
+}
+
+impl<T: Task> Run<'_, T> {
+    fn go(&mut self) -> Result<(), TrainError> {
+        let common = &self.config.run;
+        let every = |interval: u64, step: u64| {
+            interval > 0 && (step.is_multiple_of(interval) || step == common.max_steps)
+        };
+        if self.state.step == 0 {
+            self.show(common.sample_every > 0, common.score_every > 0)?;
         }
-        json!({
-            "task": task, "seed": run.seed, "init_from": run.init_from, "batch_size": run.batch_size,
-            "optimizer": run.optimizer, "warmup_steps": run.warmup_steps,
-            "gradient_clip": run.gradient_clip, "ema_rate": run.ema_rate,
-            "precision": run.precision,
-        })
-    };
-    let (old, new) = (essence(&old), essence(config));
-    for (key, value) in old.as_object().into_iter().flatten() {
-        if &new[key] != value {
-            return Err(resume(format!(
-                "`{key}` was {value} and is now {}; use another folder for another run",
-                new[key]
-            )));
-        }
-    }
-    Ok(())
-}
-
-fn sample<T: Task>(
-    task: &T,
-    store: &ParameterStore,
-    step: u64,
-    dir: &Path,
-) -> Result<(), TrainError> {
-    std::fs::create_dir_all(dir).map_err(|source| TrainError::Io {
-        path: dir.to_owned(),
-        source,
-    })?;
-    task.sample(&store.averaged(), step, dir)
-}
-
-pub(crate) fn progress_bar(config: &CommonConfig, position: u64, quiet: bool) -> ProgressBar {
-    if quiet {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(config.max_steps).with_position(position);
-    if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg} eta {eta}") {
-        bar.set_style(style);
-    }
-    bar.reset_eta();
-    bar
-}
-
-/// Averages between two lines of the log.
-struct Meter {
-    since: Instant,
-    data: Duration,
-    steps: u64,
-    loss: f64,
-    norm: f64,
-    parts: Vec<(&'static str, f64)>,
-}
-
-struct Line {
-    message: String,
-    json: serde_json::Value,
-}
-
-impl Meter {
-    fn new() -> Self {
-        Self {
-            since: Instant::now(),
-            data: Duration::ZERO,
-            steps: 0,
-            loss: 0.0,
-            norm: 0.0,
-            parts: Vec::new(),
-        }
-    }
-
-    fn add(&mut self, loss: f64, parts: &[(&'static str, f64)], norm: f64) {
-        self.steps += 1;
-        self.loss += loss;
-        self.norm += norm;
-        if self.parts.is_empty() {
-            self.parts = parts.to_vec();
-        } else {
-            for (sum, part) in self.parts.iter_mut().zip(parts) {
-                sum.1 += part.1;
+        let mut in_a_row = 0;
+        while self.state.step < common.max_steps {
+            let (applied, stop) = self.step()?;
+            let step = self.state.step;
+            in_a_row = if applied { 0 } else { in_a_row + 1 };
+            if in_a_row >= MAX_SKIPPED {
+                return Err(TrainError::NotFinite {
+                    steps: in_a_row,
+                    step,
+                });
+            }
+            self.log.position(step);
+            if every(common.log_every, step) {
+                let lr = self.rate(step.saturating_sub(1));
+                let skipped = step - self.state.updates;
+                let line = self.meter.take(step, lr, common.batch_size, skipped);
+                self.log.write(&line)?;
+            }
+            if every(common.save_every, step) || stop {
+                self.save()?;
+            }
+            self.show(
+                every(common.sample_every, step),
+                every(common.score_every, step),
+            )?;
+            if stop && step < common.max_steps {
+                return Err(TrainError::Interrupted { step });
             }
         }
+        Ok(())
     }
 
-    fn take(&mut self, step: u64, lr: f64, batch: usize) -> Line {
-        let n = self.steps.max(1) as f64;
-        let seconds = self.since.elapsed().as_secs_f64();
-        let speed = self.steps as f64 * batch as f64 / seconds;
-        let mut json = json!({
-            "step": step, "loss": self.loss / n, "grad_norm": self.norm / n, "lr": lr,
-            "images_per_second": speed,
-            "data_share": self.data.as_secs_f64() / seconds,
-        });
-        for (name, sum) in &self.parts {
-            json[*name] = json!(sum / n);
+    fn rate(&self, step: u64) -> f64 {
+        let common = &self.config.run;
+        learning_rate(
+            common.optimizer.lr,
+            step,
+            common.max_steps,
+            common.warmup_steps,
+            common.decay_steps,
+        )
+    }
+
+    /// One optimiser step; whether it was applied, and whether any process was asked to stop.
+    fn step(&mut self) -> Result<(bool, bool), TrainError> {
+        let common = &self.config.run;
+        let weight = 1.0 / common.accumulate as f32;
+        let mut gradients = NamedGradients::new();
+        let asked = self.options.stop;
+        let asked = asked.is_some_and(|flag| flag.load(Ordering::Relaxed));
+        let mut names = vec!["stop"];
+        let mut numbers = vec![f64::from(u8::from(asked))];
+        for part in 0..common.accumulate {
+            let waited = Instant::now();
+            let batch = self.batches.recv().map_err(|_| TrainError::DataThread)??;
+            self.meter.wait(waited.elapsed());
+            let precision = common.precision.into();
+            let measured = self.task.gradients(&self.state.store, precision, batch)?;
+            if part == 0 {
+                names.extend(measured.numbers.iter().map(|(name, _)| *name));
+                numbers.resize(names.len(), 0.0);
+            }
+            for (sum, (_, value)) in numbers[1..].iter_mut().zip(&measured.numbers) {
+                *sum += value * f64::from(weight);
+            }
+            add_gradients(&mut gradients, measured.gradients, weight);
         }
-        let message = format!("loss {:.4} lr {lr:.1e} {speed:.1}/s", self.loss / n);
-        *self = Self::new();
-        Line { message, json }
+        comm::mean(self.comm, &mut gradients, &mut numbers)?;
+        let lr = self.rate(self.state.step);
+        let report = step(
+            &mut self.state.store,
+            &gradients,
+            &common.optimizer,
+            lr,
+            self.state.updates + 1,
+            common.gradient_clip,
+            common.ema_rate,
+        )?;
+        self.state.step += 1;
+        if report.applied {
+            self.state.updates += 1;
+            let mut line: Vec<_> = names.into_iter().zip(numbers.iter().copied()).collect();
+            line.remove(0);
+            line.push(("grad_norm", report.grad_norm));
+            self.meter.add(&line);
+        }
+        Ok((report.applied, numbers[0] > 0.0))
     }
-}
 
-/// `metrics.jsonl`, one object per line, appended.
-pub(crate) struct MetricsLog {
-    path: PathBuf,
-    file: std::fs::File,
-}
+    fn save(&mut self) -> Result<(), TrainError> {
+        if self.comm.rank() == 0 {
+            self.state.save(self.dir, self.config.run.keep)?;
+        }
+        Ok(())
+    }
 
-impl MetricsLog {
-    pub(crate) fn open(dir: &Path) -> Result<Self, TrainError> {
-        let path = dir.join("metrics.jsonl");
-        let file = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(|source| TrainError::Io {
-                path: path.clone(),
+    /// Sample pictures and the score at the present step; the best weights so far are kept.
+    fn show(&mut self, pictures: bool, score: bool) -> Result<(), TrainError> {
+        if self.comm.rank() != 0 || !(pictures || score) {
+            return Ok(());
+        }
+        let step = self.state.step;
+        let averaged = self.state.store.averaged();
+        if pictures {
+            let dir = self.dir.join("samples");
+            std::fs::create_dir_all(&dir).map_err(|source| TrainError::Io {
+                path: dir.clone(),
                 source,
             })?;
-        Ok(Self { path, file })
-    }
-
-    pub(crate) fn write(&mut self, line: &serde_json::Value) -> Result<(), TrainError> {
-        writeln!(self.file, "{line}").map_err(|source| TrainError::Io {
-            path: self.path.clone(),
-            source,
-        })
+            if let Some(path) = self.task.sample(&averaged, step, &dir)? {
+                self.log.picture(step, &path)?;
+            }
+        }
+        if score && let Some(score) = self.task.score(&averaged)? {
+            self.log
+                .write(&serde_json::json!({ "step": step, "score": score }))?;
+            self.state.save_if_best(self.dir, score)?;
+        }
+        Ok(())
     }
 }

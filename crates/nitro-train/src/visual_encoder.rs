@@ -8,7 +8,8 @@
 //! there are and of which classes and colours. Features of parts of one object are then alike
 //! wherever it stands, and tell what a caption speaks of.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use nitro_data::shapes::{Class, Colour, Example, Scene, render, scene::MAX_OBJECTS};
@@ -22,7 +23,7 @@ use crate::TrainError;
 use crate::config::{CommonConfig, VisualEncoderTask};
 use crate::data::{HELD_OUT, example_seed};
 use crate::losses::{accuracy, binary_cross_entropy, cross_entropy};
-use crate::pictures::{from_bytes, normalised, write_grid};
+use crate::pictures::{from_bytes, normalised, sample_path, write_grid};
 use crate::trainer::{Losses, Task};
 
 /// Prefix of the heads' parameters, which are not part of the encoder.
@@ -156,8 +157,8 @@ impl Task for VisualEncoder<'_> {
         Ok(())
     }
 
-    fn batch(&self, step: u64) -> Result<Labelled, TrainError> {
-        let seeds = (0..self.common.batch_size).map(|i| example_seed(self.common.seed, step, i));
+    fn batch(&self, step: u64, examples: Range<usize>) -> Result<Labelled, TrainError> {
+        let seeds = examples.map(|i| example_seed(self.common.seed, step, i));
         let model = &self.task.model;
         Ok(Labelled::new(
             &self.scenes(seeds),
@@ -206,7 +207,12 @@ impl Task for VisualEncoder<'_> {
     }
 
     /// Held-out pictures, and under each the classes (as grey levels) and colours read off it.
-    fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
+    fn sample(
+        &self,
+        averaged: &TensorMap,
+        step: u64,
+        dir: &Path,
+    ) -> Result<Option<PathBuf>, TrainError> {
         let device = Device::flex();
         let params = Params::new(averaged, &device, Precision::F32);
         let (side, grid) = (self.task.model.img_size, self.task.model.grid());
@@ -226,11 +232,9 @@ impl Task for VisualEncoder<'_> {
         };
         let classes = paint(answers.class, side, grid, level);
         let colours = paint(answers.colour, side, grid, colour);
-        write_grid(
-            &dir.join(format!("step-{step:08}.png")),
-            Tensor::cat(vec![pictures, classes, colours], 0),
-            8,
-        )
+        let path = sample_path(dir, step);
+        write_grid(&path, Tensor::cat(vec![pictures, classes, colours], 0), 8)?;
+        Ok(Some(path))
     }
 }
 

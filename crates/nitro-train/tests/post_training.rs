@@ -29,6 +29,7 @@ fn run(config: &RunConfig, dir: &Path, export: &Path) -> Result<(), TrainError> 
     let options = RunOptions {
         quiet: true,
         stop: None,
+        ..RunOptions::default()
     };
     miniature::run(config, dir, export, &options)
 }

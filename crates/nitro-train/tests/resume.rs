@@ -22,7 +22,7 @@ fn load(name: &str, overrides: &[&str]) -> RunConfig {
 fn quiet() -> RunOptions {
     RunOptions {
         quiet: true,
-        stop: None,
+        ..RunOptions::default()
     }
 }
 
@@ -73,6 +73,63 @@ fn another_run_under_the_same_folder_is_refused() {
     let error = miniature::run(&changed, &dir, &export, &quiet()).unwrap_err();
     assert!(matches!(error, TrainError::Resume { .. }), "{error}");
     assert!(error.to_string().contains("optimizer"), "{error}");
+    let kept = std::fs::read_to_string(dir.join("config.json")).unwrap();
+    assert!(kept.contains("0.001"), "a refused run has changed nothing");
+    let starts = std::fs::read_to_string(dir.join("starts.jsonl")).unwrap();
+    assert_eq!(starts.lines().count(), 1);
+}
+
+#[test]
+fn lines_of_steps_done_again_are_dropped_from_the_log() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("run");
+    let run = |steps: &str| {
+        let overrides = [&TINY_AUTOENCODER[..], &[steps]].concat();
+        let config = load("miniature-autoencoder.yaml", &overrides);
+        miniature::run(&config, &dir, &dir.join("export"), &quiet()).unwrap();
+    };
+    run("run.max_steps=2");
+    // As a process leaves it that was killed after logging what no checkpoint holds.
+    let log = dir.join("metrics.jsonl");
+    let mut text = std::fs::read_to_string(&log).unwrap();
+    text += "{\"step\":3,\"loss\":9.0}\n{\"step\":4,\"lo";
+    std::fs::write(&log, text).unwrap();
+    run("run.max_steps=4");
+    let text = std::fs::read_to_string(&log).unwrap();
+    let steps: Vec<u64> = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|line| line["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, [1, 2, 3, 4]);
+    assert!(!text.contains("9.0"));
+    let events = std::fs::read_dir(dir.join("tensorboard")).unwrap().count();
+    assert_eq!(events, 2, "one event file a start");
+}
+
+#[test]
+fn what_cannot_be_written_is_told_by_its_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a-file");
+    std::fs::write(&file, "not a folder").unwrap();
+    let overrides = [&TINY_AUTOENCODER[..], &["run.max_steps=1"]].concat();
+    let config = load("miniature-autoencoder.yaml", &overrides);
+    let dir = file.join("run");
+    let error = miniature::run(&config, &dir, &dir, &quiet()).unwrap_err();
+    assert!(matches!(error, TrainError::Io { .. }), "{error}");
+    assert!(error.to_string().contains("a-file"), "{error}");
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for item in std::fs::read_dir(from).unwrap() {
+        let item = item.unwrap();
+        let place = to.join(item.file_name());
+        match item.path().is_dir() {
+            true => copy_folder(&item.path(), &place),
+            false => drop(std::fs::copy(item.path(), place).unwrap()),
+        }
+    }
 }
 
 /// Every part of the miniature, each a few steps long, from nothing to a model folder.
@@ -124,7 +181,12 @@ fn the_whole_recipe_runs() {
             }
         }
     };
-    let mut stage1 = with("miniature-stage1.yaml", &["run.sample_every=2"]);
+    let scored = [
+        "run.sample_every=2",
+        "run.score_every=2",
+        "task.score_prompts=2",
+    ];
+    let mut stage1 = with("miniature-stage1.yaml", &scored);
     place(&mut stage1);
     let wide = miniature::run(&stage1, &runs.join("wide"), &out, &quiet()).unwrap_err();
     assert!(wide.to_string().contains("z_dims: [32]"), "{wide}");
@@ -135,9 +197,31 @@ fn the_whole_recipe_runs() {
     assert!(runs.join("stage1/samples/step-00000002.png").exists());
     let log = std::fs::read_to_string(runs.join("stage1/metrics.jsonl")).unwrap();
     assert!(log.contains("\"proj_loss\":"), "{log}");
+    assert!(log.contains("{\"step\":0,\"score\":"), "{log}");
+    assert!(runs.join("stage1/checkpoints/best.safetensors").exists());
+
+    // Other data under the same run is refused.
+    let mut other = stage1.clone();
+    if let TaskConfig::Emmdit(task) = &mut other.task {
+        let text = task.frozen.join("text_encoder/tokenizer.json");
+        let frozen = folder.path().join("other");
+        copy_folder(&out, &frozen);
+        let tokenizer = std::fs::read_to_string(text).unwrap() + " ";
+        std::fs::write(frozen.join("text_encoder/tokenizer.json"), tokenizer).unwrap();
+        std::fs::rename(&out, folder.path().join("aside")).unwrap();
+        std::fs::rename(&frozen, &out).unwrap();
+    }
+    other.run.max_steps = 4;
+    let refused = miniature::run(&other, &runs.join("stage1"), &out, &quiet()).unwrap_err();
+    assert!(refused.to_string().contains("tokenizer"), "{refused}");
+    std::fs::remove_dir_all(&out).unwrap();
+    std::fs::rename(folder.path().join("aside"), &out).unwrap();
 
     // The second stage starts from the first one's average, its projectors left behind.
-    let mut stage2 = with("miniature-stage2.yaml", &["run.optimizer.lr=0.0"]);
+    let mut stage2 = with(
+        "miniature-stage2.yaml",
+        &["run.optimizer.lr=0.0", "run.score_every=0"],
+    );
     place(&mut stage2);
     stage2.run.init_from = Some(runs.join("stage1"));
     miniature::run(&stage2, &runs.join("stage2"), &out, &quiet()).unwrap();

@@ -30,15 +30,18 @@ use self::pairs::Pairs;
 use self::student::{Critic, Distiller, Report};
 use crate::TrainError;
 use crate::checkpoint::Checkpoint;
+use crate::comm::Single;
 use crate::config::{CommonConfig, RunConfig};
 use crate::frozen::{Frozen, Sampling, register};
 use crate::miniature::export_emmdit;
 use crate::optimizer::learning_rate;
 use crate::pictures::write_pictures;
+use crate::progress::Log;
 use crate::prompts::Prompts;
 use crate::rewards::{Rewards, Sample, mean_and_spread};
+use crate::start::start;
 use crate::store::ParameterStore;
-use crate::trainer::{MetricsLog, RunOptions, progress_bar, start};
+use crate::trainer::RunOptions;
 
 /// Steps in a row whose gradient is not finite that end a run.
 const MAX_SKIPPED: u64 = 50;
@@ -70,7 +73,9 @@ pub fn run(
     bar.finish_and_clear();
     let pairs = Pairs::open(&task.pairs, &frozen, run.seed)?;
 
-    let mut state = start(config, dir, || initial(&frozen, task, run.seed))?;
+    let mut state = start(config, dir, "", &Single, || {
+        initial(&frozen, task, run.seed)
+    })?;
     let training = Training {
         distiller: Distiller {
             frozen: &frozen,
@@ -141,9 +146,8 @@ impl Training<'_> {
         options: &RunOptions,
     ) -> Result<(), TrainError> {
         let (run, task) = (&config.run, self.distiller.task);
-        let mut log = MetricsLog::open(dir)?;
-        let bar = progress_bar(run, state.step, options.quiet);
-        bar.println(format!(
+        let mut log = Log::open(dir, state.step, run, true, options.quiet)?;
+        log.say(format!(
             "distill: {:.2}M parameters with heads, {} pairs, from step {}",
             state.store.trainable_count() as f64 / 1e6,
             self.distiller.pairs.len(),
@@ -174,14 +178,14 @@ impl Training<'_> {
                 });
             }
             meter.add(report);
-            bar.set_position(state.step);
+            log.position(state.step);
             let due = |every: u64| {
                 every > 0 && (state.step.is_multiple_of(every) || state.step == run.max_steps)
             };
             let measured = due(task.eval.every);
             if due(run.log_every) || measured {
                 let mut line = meter.take(state.step, lr, run.batch_size);
-                bar.set_message(format!(
+                log.message(format!(
                     "{:.4}",
                     line["reconstruction"].as_f64().unwrap_or(0.0)
                 ));
@@ -196,11 +200,11 @@ impl Training<'_> {
                 state.save(dir, run.keep)?;
             }
             if asked && state.step < run.max_steps {
-                bar.abandon();
+                log.finish(false);
                 return Err(TrainError::Interrupted { step: state.step });
             }
         }
-        bar.finish();
+        log.finish(true);
         Ok(())
     }
 

@@ -35,12 +35,15 @@ use self::update::{Learner, Updates};
 use crate::TrainError;
 use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
+use crate::comm::Single;
 use crate::config::{CommonConfig, RunConfig};
 use crate::frozen::{Frozen, Sampling, register};
 use crate::optimizer::learning_rate;
+use crate::progress::Log;
 use crate::prompts::Prompts;
 use crate::rewards::{Rewards, Sample, mean_and_spread};
-use crate::trainer::{MetricsLog, RunOptions, progress_bar, start};
+use crate::start::start;
+use crate::trainer::RunOptions;
 
 /// The buffer of a checkpoint that holds the vitals of all rollouts.
 const HISTORY: &str = "history";
@@ -72,7 +75,9 @@ pub fn run(
         run: &config.run,
         task,
     };
-    let mut state = start(config, dir, || training.adapter.initialise(config.run.seed))?;
+    let mut state = start(config, dir, "", &Single, || {
+        training.adapter.initialise(config.run.seed)
+    })?;
     training.train(&mut state, dir, options)?;
 
     let name = "grpo";
@@ -104,9 +109,8 @@ impl Training<'_> {
             Some(entry) => History::from_buffer(&entry.value),
             None => History::default(),
         };
-        let mut log = MetricsLog::open(dir)?;
-        let bar = progress_bar(run, state.step, options.quiet);
-        bar.println(format!(
+        let mut log = Log::open(dir, state.step, run, true, options.quiet)?;
+        log.say(format!(
             "grpo: {:.2}M parameters in adapters, rollouts of {} x {} samples, from step {}",
             state.store.trainable_count() as f64 / 1e6,
             self.task.groups,
@@ -171,8 +175,8 @@ impl Training<'_> {
             if due(self.task.eval.every) {
                 line["eval"] = self.evaluate(state)?;
             }
-            bar.set_position(state.step);
-            bar.set_message(format!("reward {:.3} kl {:.1e}", vitals.reward, vitals.kl));
+            log.position(state.step);
+            log.message(format!("reward {:.3} kl {:.1e}", vitals.reward, vitals.kl));
             if due(run.log_every) || line.get("eval").is_some() {
                 log.write(&line)?;
             }
@@ -190,11 +194,11 @@ impl Training<'_> {
                 state.save(dir, run.keep)?;
             }
             if asked && state.step < run.max_steps {
-                bar.abandon();
+                log.finish(false);
                 return Err(TrainError::Interrupted { step: state.step });
             }
         }
-        bar.finish();
+        log.finish(true);
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 
 mod folder;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -17,7 +18,7 @@ use crate::TrainError;
 use crate::adapter::Adapter;
 pub use crate::adapter::AdapterConfig;
 use crate::config::{CommonConfig, RunConfig};
-use crate::data::{shuffled, step_generator};
+use crate::data::{noise_generator, shuffled};
 use crate::frozen::{Frozen, Sampling};
 use crate::losses::{flow_matching, velocity_tokens};
 use crate::pictures::write_pictures;
@@ -104,11 +105,11 @@ struct LoraTraining<'a> {
     task: &'a LoraTask,
 }
 
-/// The examples of one step.
+/// Examples of one step.
 struct Batch {
-    noisy: Tensor<4>,
-    target: Tensor<3>, // tokens, [batch, h w, c p p]
-    text: Tensor<3>,
+    noisy: Vec<f32>,  // [count, c, h, w]
+    target: Vec<f32>, // likewise: the velocity
+    captions: Vec<String>,
     timesteps: Vec<f32>,
 }
 
@@ -119,60 +120,62 @@ impl Task for LoraTraining<'_> {
         self.adapter.build(p).map(drop)
     }
 
-    fn batch(&self, step: u64) -> Result<Batch, TrainError> {
-        let count = self.run.batch_size;
-        let [c, h, w] = self.frozen.latent_shape();
-        let mut rng = step_generator(self.run.seed, step);
+    fn batch(&self, step: u64, examples: Range<usize>) -> Result<Batch, TrainError> {
         let density = Density::LogitNormal {
             mean: self.task.logit_mean,
             std: self.task.logit_std,
         };
         let schedule = FlowMatchEuler::nitro_e();
-        let levels: Vec<_> = density
-            .sample(count, &mut rng)
-            .into_iter()
-            .map(|u| schedule.level(u))
-            .collect();
-        let dropped = rng.rand(count);
-        let noise = rng.randn(count * c * h * w);
-        let (mut noisy, mut target, mut captions) = (Vec::new(), Vec::new(), Vec::new());
-        for (i, level) in levels.iter().enumerate() {
-            let index = {
-                let place = step * count as u64 + i as u64;
-                shuffled(self.run.seed, place, self.pairs.latents.len())
-            };
-            let keep = f64::from(dropped[i]) >= self.task.caption_dropout;
-            captions.push(match keep {
-                true => self.pairs.captions[index].as_str(),
-                false => "",
+        let mut batch = Batch {
+            noisy: Vec::new(),
+            target: Vec::new(),
+            captions: Vec::new(),
+            timesteps: Vec::new(),
+        };
+        for example in examples {
+            let place = step * self.run.batch_size as u64 + example as u64;
+            let index = shuffled(self.run.seed, place, self.pairs.latents.len());
+            let latent = &self.pairs.latents[index];
+            let mut rng = noise_generator(self.run.seed, step, example);
+            let u = density.sample(1, &mut rng)[0];
+            let level = schedule.level(u);
+            let keep = f64::from(rng.rand(1)[0]) >= self.task.caption_dropout;
+            batch.captions.push(match keep {
+                true => self.pairs.captions[index].clone(),
+                false => String::new(),
             });
-            let noise = &noise[i * c * h * w..(i + 1) * c * h * w];
-            for (z, n) in self.pairs.latents[index].iter().zip(noise) {
-                noisy.push((1.0 - level.sigma) * z + level.sigma * n);
-                target.push(n - z);
+            batch.timesteps.push(level.timestep);
+            for (z, n) in latent.iter().zip(rng.randn(latent.len())) {
+                batch.noisy.push((1.0 - level.sigma) * z + level.sigma * n);
+                batch.target.push(n - z);
             }
         }
-        let device = Device::flex();
-        let shape = [count, c, h, w];
-        let target = Tensor::from_data(TensorData::new(target, shape), &device);
-        Ok(Batch {
-            noisy: Tensor::from_data(TensorData::new(noisy, shape), &device),
-            target: velocity_tokens(target, self.frozen.config.patch_size),
-            text: self.frozen.text(&captions)?,
-            timesteps: levels.iter().map(|level| level.timestep).collect(),
-        })
+        Ok(batch)
     }
 
     fn loss(&self, p: &Params<'_>, batch: Batch) -> Result<Losses, TrainError> {
+        let [c, h, w] = self.frozen.latent_shape();
+        let shape = [batch.timesteps.len(), c, h, w];
+        let device = Device::flex();
+        let latent =
+            |values: Vec<f32>| Tensor::<4>::from_data(TensorData::new(values, shape), &device);
+        let captions: Vec<&str> = batch.captions.iter().map(String::as_str).collect();
+        let text = self.frozen.text(&captions)?;
         let model = self.frozen.adapted_tracked(&self.adapter.build(p)?)?;
-        let output = model.forward_train(batch.noisy, batch.text, &batch.timesteps)?;
+        let output = model.forward_train(latent(batch.noisy), text, &batch.timesteps)?;
+        let target = velocity_tokens(latent(batch.target), self.frozen.config.patch_size);
         Ok(Losses {
-            total: flow_matching(output.tokens, batch.target),
+            total: flow_matching(output.tokens, target),
             parts: Vec::new(),
         })
     }
 
-    fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
+    fn sample(
+        &self,
+        averaged: &TensorMap,
+        step: u64,
+        dir: &Path,
+    ) -> Result<Option<PathBuf>, TrainError> {
         let params = Params::new(averaged, &Device::flex(), self.run.precision.into());
         let model = self.frozen.adapted(&self.adapter.build(&params)?)?;
         let mut prompts: Vec<&str> = self
@@ -200,6 +203,7 @@ impl Task for LoraTraining<'_> {
         let latents = self.frozen.sample(&model, &prompts, &seeds, how)?;
         let pictures = self.frozen.decode(&latents)?;
         let path = dir.join(format!("step-{step:08}.png"));
-        write_pictures(&path, &pictures.iter().collect::<Vec<_>>(), 4)
+        write_pictures(&path, &pictures.iter().collect::<Vec<_>>(), 4)?;
+        Ok(Some(path))
     }
 }

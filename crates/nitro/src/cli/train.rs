@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use nitro_models::DType;
 use nitro_train::config::RunConfig;
+use nitro_train::export::{Which, export_official};
 use nitro_train::miniature::{self, LatentsPlan, Miniature};
 use nitro_train::trainer::RunOptions;
 
+use super::failure::say;
 use super::{interrupt, post_train};
 
 /// What to train.
@@ -16,6 +19,8 @@ pub(super) enum TrainCommand {
     Run(RunArgs),
     /// Cache the training pairs of an E-MMDiT run: latents of rendered pictures, with captions
     Latents(LatentsArgs),
+    /// Write an E-MMDiT run's newest weights as the official code loads them
+    Export(ExportArgs),
     /// The whole miniature from nothing: autoencoder, text encoder, latents, teacher, E-MMDiT
     Miniature(MiniatureArgs),
     /// Adapters (LoRA) on a folder of your own pictures with captions
@@ -59,6 +64,31 @@ pub(super) struct LatentsArgs {
     plan: PlanArgs,
     #[command(flatten)]
     common: CommonArgs,
+}
+
+/// Arguments of `nitro train export`.
+#[derive(Args)]
+pub(super) struct ExportArgs {
+    /// The run's folder
+    #[arg(value_name = "DIR")]
+    run: PathBuf,
+    /// The file to write
+    #[arg(short, long, value_name = "FILE.safetensors")]
+    out: PathBuf,
+    /// The weights as the last step left them instead of their moving average
+    #[arg(long)]
+    raw: bool,
+    /// Element type
+    #[arg(long, value_enum, default_value_t = ExportType::F32)]
+    dtype: ExportType,
+}
+
+/// Element types of an export.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ExportType {
+    F32,
+    F16,
+    Bf16,
 }
 
 /// Arguments of `nitro train miniature`.
@@ -115,6 +145,7 @@ impl CommonArgs {
         RunOptions {
             quiet: self.quiet,
             stop: Some(interrupt::flag()),
+            ..RunOptions::default()
         }
     }
 }
@@ -138,6 +169,21 @@ pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
             Ok(miniature::cache_latents(
                 model, &args.out, plan, precision, &options,
             )?)
+        }
+        TrainCommand::Export(args) => {
+            let which = if args.raw {
+                Which::Raw
+            } else {
+                Which::Averaged
+            };
+            let dtype = match args.dtype {
+                ExportType::F32 => DType::F32,
+                ExportType::F16 => DType::F16,
+                ExportType::Bf16 => DType::BF16,
+            };
+            let step = export_official(&args.run, &args.out, which, dtype)?;
+            say(format!("{}: weights of step {step}", args.out.display()));
+            Ok(())
         }
         TrainCommand::Miniature(args) => {
             let miniature = Miniature::load(&args.configs, args.plan.plan())?;

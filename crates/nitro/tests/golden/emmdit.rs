@@ -1,11 +1,15 @@
 //! E-MMDiT: forward passes with all intermediate results, and gradients of the training loss.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use burn::tensor::{Device, Tensor};
 use nitro_models::emmdit::{Emmdit, EmmditConfig, EmmditOutput};
 use nitro_models::{Params, TensorMap, WeightFiles};
 use nitro_ops::Precision;
+use nitro_train::export::{Which, official_state_dict};
 use nitro_train::losses::{alignment, flow_matching, velocity_tokens};
+use nitro_train::store::ParameterStore;
 use serde::Deserialize;
 
 use crate::compare::Report;
@@ -126,6 +130,18 @@ pub(crate) fn train(case: &Case, report: &mut Report) -> Result<()> {
         }
     });
     weights.finish(&[])?;
+    let store = ParameterStore::from_source(&weights, |p| Emmdit::new(&config, p).map(drop))?;
+    let export = official_state_dict(&store, &config, Which::Raw);
+    let exported = export
+        .iter()
+        .map(|(name, shape, _)| (name.as_str(), shape.as_slice()));
+    let official = weights
+        .names()
+        .map(|name| (name, weights.shape(name).unwrap_or_default()));
+    let (exported, official): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        (exported.collect(), official.collect());
+    report.equal("names and shapes of an export", &exported, &official);
+
     let model = Emmdit::new(&config, &Params::new(&parameters, &device, Precision::F32))?;
     let output = model.forward_train(
         inputs.tensor("noisy_latents")?,

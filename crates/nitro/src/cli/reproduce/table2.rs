@@ -197,6 +197,7 @@ fn train(args: &Table2Args, model: &Path) -> anyhow::Result<()> {
     let options = RunOptions {
         quiet: args.quiet,
         stop: Some(interrupt::flag()),
+        ..RunOptions::default()
     };
     let place = model.display();
     let teacher = match args.teacher {

@@ -1,0 +1,103 @@
+//! A batch computed in parts, by one process or two, is the same training within rounding.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nitro_train::checkpoint::Checkpoint;
+use nitro_train::comm::Thread;
+use nitro_train::config::RunConfig;
+use nitro_train::miniature;
+use nitro_train::store::ParameterStore;
+use nitro_train::trainer::RunOptions;
+
+fn config(extra: &str) -> RunConfig {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    let overrides = [
+        "run.max_steps=6",
+        "run.batch_size=4",
+        "run.warmup_steps=2",
+        "run.decay_steps=0",
+        "run.save_every=6",
+        "run.sample_every=0",
+        "run.log_every=1",
+        "run.precision=f32",
+        "task.image_size=32",
+        "task.crop_size=16",
+        "task.full_size_steps=0",
+        extra,
+    ];
+    let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+    RunConfig::load(&configs.join("miniature-autoencoder.yaml"), &overrides).unwrap()
+}
+
+/// Weights and losses of a run by `ranks` processes, each computing its share in `parts`.
+fn run(folder: &Path, ranks: usize, parts: usize) -> (ParameterStore, Vec<f64>) {
+    let dir = folder.join(format!("{ranks}-{parts}"));
+    let work = |comm: Thread, dir: PathBuf| {
+        let mut config = config("run.seed=5");
+        config.run.accumulate = parts;
+        let options = RunOptions {
+            quiet: true,
+            comm: Arc::new(comm),
+            ..RunOptions::default()
+        };
+        miniature::run(&config, &dir, &dir.join("export"), &options).unwrap();
+    };
+    std::thread::scope(|scope| {
+        for comm in Thread::group(ranks) {
+            let dir = dir.clone();
+            scope.spawn(move || work(comm, dir));
+        }
+    });
+    let log = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let losses = log
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|line| line["loss"].as_f64().unwrap())
+        .collect();
+    let (_, checkpoint) = Checkpoint::latest(&dir).unwrap().unwrap();
+    (checkpoint.store, losses)
+}
+
+#[test]
+fn processes_and_parts_change_nothing_but_rounding() {
+    let folder = tempfile::tempdir().unwrap();
+    let (weights, losses) = run(folder.path(), 1, 1);
+    assert_eq!(losses.len(), 6);
+    assert!(losses[5] < losses[0], "{losses:?}");
+    for (ranks, parts) in [(1, 2), (2, 1), (2, 2)] {
+        let (others, curve) = run(folder.path(), ranks, parts);
+        for (a, b) in losses.iter().zip(&curve) {
+            assert!(
+                (a - b).abs() < 1e-4 * a,
+                "{ranks} x {parts}: {losses:?} {curve:?}"
+            );
+        }
+        for (name, entry) in weights.iter() {
+            let other = &others.get(name).unwrap().value;
+            let square = |sum: f64, x: f64| sum + x * x;
+            let pairs = entry.value.iter().zip(other);
+            let error = pairs.map(|(a, b)| f64::from(a - b)).fold(0.0, square);
+            let size = entry.value.iter().map(|a| f64::from(*a)).fold(1e-9, square);
+            // AdamW divides by the gradient's size: the rounding of tiny gradients is magnified.
+            let bound = 1e-4 * size + 1e-10;
+            assert!(
+                error < bound,
+                "{ranks} x {parts}: {name} is off by {error:e} of {size:e}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_batch_that_does_not_divide_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("run");
+    let options = RunOptions {
+        quiet: true,
+        ..RunOptions::default()
+    };
+    let error = miniature::run(&config("run.accumulate=3"), &dir, &dir, &options).unwrap_err();
+    assert!(error.to_string().contains("batch_size 4"), "{error}");
+    assert!(!dir.exists(), "nothing was written");
+}
