@@ -73,9 +73,9 @@ pub enum EvalError {
         /// The folder.
         path: PathBuf,
     },
-    /// A folder's pictures were made under other settings than those of this run.
+    /// A folder belongs to a run with other settings.
     #[error(
-        "{path} says these pictures were made with {found}, but this run is {wanted}; choose another \
+        "{path} belongs to another run: it says {found}, and this run is {wanted}; choose another \
          folder, or delete this one to start again"
     )]
     OtherRun {
@@ -86,6 +86,43 @@ pub enum EvalError {
         /// Settings of this run, as JSON.
         wanted: String,
     },
+    /// A tokenizer failed.
+    #[error("the tokenizer failed: {reason}")]
+    Tokenizer {
+        /// What it said.
+        reason: String,
+    },
+    /// A scorer's files are not there.
+    #[error(
+        "{place} holds no scorer: none of {names} is there (give a weight file, a folder that has it, \
+         or org/name on the Hub)"
+    )]
+    NoScorer {
+        /// Folder or name that was given.
+        place: String,
+        /// File names that were looked for.
+        names: String,
+    },
+    /// A folder of prompts has none of a benchmark's files.
+    #[error("{path}: none of {names} is here")]
+    NoPromptFiles {
+        /// The folder.
+        path: PathBuf,
+        /// The files that were looked for.
+        names: String,
+    },
+    /// A scorer refused what it was given.
+    #[error("the scorer refused its input: {reason}")]
+    Scorer {
+        /// What it said.
+        reason: String,
+    },
+    /// A scorer's weights or configuration could not be used.
+    #[error(transparent)]
+    Weights(#[from] nitro_models::WeightError),
+    /// A scorer's files could not be had.
+    #[error(transparent)]
+    Files(#[from] nitro_pipeline::PipelineError),
     /// The judge refused the picture.
     #[error("{what}: {source}")]
     Judge {

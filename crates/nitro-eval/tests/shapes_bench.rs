@@ -2,7 +2,8 @@
 //! folder of them is scored the same, also after an interruption.
 
 use nitro_data::shapes::{self, Colour, Facts, Kind, Scene};
-use nitro_eval::geneval::{self, Manifest, PromptFolder};
+use nitro_eval::Manifest;
+use nitro_eval::geneval::{self, PromptFolder};
 use nitro_eval::shapes::{options, score_folder, score_with};
 use nitro_eval::{BenchPrompt, EvalError, Results, Summary, score_image, shapes_bench};
 use rand::rngs::StdRng;

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod conv;
+pub mod deformable;
 pub mod efficientvit;
 pub mod elementwise;
 pub mod error;

@@ -8,13 +8,11 @@
 mod positions;
 
 use burn::tensor::{Tensor, TensorData};
-use nitro_ops::{
-    AttentionShape, Qkv, attention, gate_residual, gelu, layer_norm_modulate, pixel_unshuffle,
-};
+use nitro_ops::{AttentionShape, Qkv, attention, gate_residual, gelu, pixel_unshuffle};
 use serde::{Deserialize, Serialize};
 
 use self::positions::{Sampling, resample};
-use crate::layers::Linear;
+use crate::layers::{LayerNorm, Linear};
 use crate::{Init, InputError, Params, WeightError, WeightFiles};
 
 const EPS: f64 = 1e-6;
@@ -177,7 +175,7 @@ pub struct Dinov2 {
     grid: [usize; 2],             // rows and columns of `positions`
     registers: Option<Tensor<3>>, // [1, R, D]
     blocks: Vec<Block>,
-    norm: Norm,
+    norm: LayerNorm,
 }
 
 impl Dinov2 {
@@ -201,7 +199,7 @@ impl Dinov2 {
             blocks: (0..config.depth)
                 .map(|i| Block::new(config, &p.sub(format_args!("blocks.{i}"))))
                 .collect::<Result<_, _>>()?,
-            norm: Norm::new(&p.sub("norm"), d)?,
+            norm: LayerNorm::new(&p.sub("norm"), d, EPS)?,
             config: config.clone(),
         })
     }
@@ -328,11 +326,11 @@ impl Dinov2 {
 /// `x + ls1(attn(norm1(x)))`, then `x + ls2(mlp(norm2(x)))`.
 #[derive(Clone, Debug)]
 struct Block {
-    norm1: Norm,
+    norm1: LayerNorm,
     qkv: Linear,
     proj: Linear,
     scale1: Option<Tensor<1>>,
-    norm2: Norm,
+    norm2: LayerNorm,
     up: Linear,
     down: Linear,
     scale2: Option<Tensor<1>>,
@@ -350,11 +348,11 @@ impl Block {
                 .transpose()
         };
         Ok(Self {
-            norm1: Norm::new(&p.sub("norm1"), d)?,
+            norm1: LayerNorm::new(&p.sub("norm1"), d, EPS)?,
             qkv: Linear::new(&p.sub("attn.qkv"), d, 3 * d)?,
             proj: Linear::new(&p.sub("attn.proj"), d, d)?,
             scale1: scale("ls1")?,
-            norm2: Norm::new(&p.sub("norm2"), d)?,
+            norm2: LayerNorm::new(&p.sub("norm2"), d, EPS)?,
             up: Linear::new(&p.sub("mlp.fc1"), d, hidden)?,
             down: Linear::new(&p.sub("mlp.fc2"), hidden, d)?,
             scale2: scale("ls2")?,
@@ -380,25 +378,5 @@ fn add_scaled(x: Tensor<3>, gamma: &Option<Tensor<1>>, branch: Tensor<3>) -> Ten
     match gamma {
         Some(gamma) => gate_residual(x, gamma.clone().reshape([1, d]).expand([batch, d]), branch),
         None => x + branch,
-    }
-}
-
-/// `torch.nn.LayerNorm`.
-#[derive(Clone, Debug)]
-struct Norm {
-    weight: Tensor<1>,
-    bias: Tensor<1>,
-}
-
-impl Norm {
-    fn new(p: &Params<'_>, width: usize) -> Result<Self, WeightError> {
-        Ok(Self {
-            weight: p.tensor("weight", [width], Init::Ones)?,
-            bias: p.tensor("bias", [width], Init::Zeros)?,
-        })
-    }
-
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        layer_norm_modulate(x, Some((&self.weight, &self.bias)), None, EPS)
     }
 }

@@ -22,6 +22,14 @@ pub enum WeightError {
         /// What is wrong.
         reason: String,
     },
+    /// A checkpoint is not as `torch.save` writes it.
+    #[error("{path} cannot be read as a PyTorch checkpoint: {reason}")]
+    CorruptTorch {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// A tensor is not there.
     #[error(
         "{origin} has no tensor `{name}` (expected shape {expected:?}); is it the right model?"

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 use nitro_ops::{
     Activation, ConvGeometry, PackedConv2d, PackedLinear, Precision, Rows, activate, conv2d,
-    conv2d_packed, linear, linear_packed, rms_norm,
+    conv2d_packed, layer_norm_modulate, linear, linear_packed, rms_norm,
 };
 
 use crate::{Elements, Init, LowRank, Params, WeightError};
@@ -63,6 +63,28 @@ impl Linear {
     ) -> Result<Self, WeightError> {
         let shape = [inputs, patch, patch];
         Self::build(std::slice::from_ref(p), &[outputs], &shape, true)
+    }
+
+    /// As [`Linear::patches`], without a bias.
+    pub fn patches_without_bias(
+        p: &Params<'_>,
+        inputs: usize,
+        outputs: usize,
+        patch: usize,
+    ) -> Result<Self, WeightError> {
+        let shape = [inputs, patch, patch];
+        Self::build(std::slice::from_ref(p), &[outputs], &shape, false)
+    }
+
+    /// A layer of `weight [out, in]` and `bias [out]` that stand under other names.
+    pub fn from_tensors(weight: Tensor<2>, bias: Option<Tensor<1>>, precision: Precision) -> Self {
+        let device = weight.device();
+        Self {
+            weight: Weight::Plain(Box::new((weight, bias))),
+            adapters: Vec::new(),
+            precision,
+            device,
+        }
     }
 
     /// Several layers without bias over the same input as one product: their outputs, `outputs`
@@ -463,6 +485,33 @@ impl RmsNorm {
     /// Normalises each run of `width` channels of the last dimension.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         rms_norm(x, &self.weight, self.bias.as_ref(), self.eps)
+    }
+}
+
+/// `torch.nn.LayerNorm` over the last dimension: `weight [width]`, `bias [width]`.
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// The norm at `p`.
+    pub fn new(p: &Params<'_>, width: usize, eps: f64) -> Result<Self, WeightError> {
+        Ok(Self {
+            weight: p.tensor("weight", [width], Init::Ones)?,
+            bias: p.tensor("bias", [width], Init::Zeros)?,
+            eps,
+        })
+    }
+
+    /// `x [.., width] -> [.., width]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let dims = x.dims();
+        let rows = dims[..D - 1].iter().product();
+        let x = x.reshape([1, rows, dims[D - 1]]);
+        layer_norm_modulate(x, Some((&self.weight, &self.bias)), None, self.eps).reshape(dims)
     }
 }
 

@@ -1,5 +1,7 @@
 //! The models of Nitro-E, each with its official state-dict names and shapes.
 
+pub mod blip;
+pub mod clip;
 pub mod dcae;
 pub mod dinov2;
 pub mod emmdit;
@@ -8,9 +10,12 @@ mod formula;
 pub mod layers;
 pub mod llama;
 mod lora;
+pub mod mask2former;
 mod params;
 mod random;
+pub mod swin;
 mod tensor_map;
+mod torch_file;
 mod weights;
 
 pub use error::{InputError, WeightError};

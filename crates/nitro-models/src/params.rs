@@ -18,6 +18,8 @@ pub enum Init {
     Zeros,
     /// All ones.
     Ones,
+    /// All this value.
+    Constant(f64),
     /// Uniform in `-bound..bound`. PyTorch's default for linear layers and convolutions, weight and
     /// bias alike, is a bound of `1 / sqrt(fan_in)`.
     Uniform(f64),
@@ -207,6 +209,17 @@ impl<'a> Params<'a> {
         init: Init,
     ) -> Result<Tensor<D>, WeightError> {
         self.get(leaf, shape, init, true)
+    }
+
+    /// The trainable parameter `leaf` without dimensions, as a tensor of one element.
+    pub fn scalar(&self, leaf: &str, init: Init) -> Result<Tensor<1>, WeightError> {
+        let spec = ParameterSpec {
+            name: self.name(leaf),
+            shape: Vec::new(),
+            init,
+            trainable: true,
+        };
+        self.source.parameter(&spec, &self.device)
     }
 
     /// The buffer `leaf`: read from a checkpoint that has it, else `default()`.

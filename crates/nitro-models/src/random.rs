@@ -25,6 +25,7 @@ impl ParameterSource for RandomInit {
         let values: Vec<f32> = match spec.init {
             Init::Zeros => vec![0.0; count],
             Init::Ones => vec![1.0; count],
+            Init::Constant(value) => vec![value as f32; count],
             Init::Uniform(bound) => (0..count as u64)
                 .map(|i| ((2.0 * unit(draw(stream, i)) - 1.0) * bound) as f32)
                 .collect(),

@@ -14,7 +14,7 @@ use nitro_ops::{ElementType, Rows};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
-use crate::{Elements, ParameterSource, ParameterSpec, WeightError};
+use crate::{Elements, ParameterSource, ParameterSpec, WeightError, torch_file};
 
 /// Float formats of stored tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub enum DType {
     BF16,
 }
 
-/// Safetensors files, opened together. Tensors of later files take the place of earlier ones of the
+/// Safetensors files, or checkpoints that `torch.save` wrote, opened together. Tensors of later files take the place of earlier ones of the
 /// same name.
 ///
 /// It remembers which tensors were asked for, so that [`finish`](Self::finish) can tell which had no
@@ -52,6 +52,8 @@ struct Stored {
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
+    /// Of a tensor that does not lie in row-major order.
+    strides: Option<Vec<usize>>,
     range: std::ops::Range<usize>,
 }
 
@@ -111,6 +113,17 @@ impl WeightFiles {
     }
 
     fn add(&mut self, path: &Path, bytes: Bytes) -> Result<(), WeightError> {
+        if torch_file::is_torch(bytes.as_bytes()) {
+            return self.add_torch(path, bytes);
+        }
+        if torch_file::is_old_torch(bytes.as_bytes()) {
+            return Err(WeightError::CorruptTorch {
+                path: path.to_owned(),
+                reason:
+                    "it has the format before PyTorch 1.6; load it there and torch.save it again"
+                        .to_owned(),
+            });
+        }
         let (header, metadata) =
             SafeTensors::read_metadata(bytes.as_bytes()).map_err(|error| WeightError::Corrupt {
                 path: path.to_owned(),
@@ -123,12 +136,36 @@ impl WeightFiles {
                 file: self.files.len(),
                 dtype: info.dtype,
                 shape: info.shape.clone(),
+                strides: None,
                 range: data + start..data + end,
             };
             self.tensors.insert(name, stored);
         }
         self.metadata
             .extend(metadata.metadata().clone().unwrap_or_default());
+        self.files.push(Arc::new(Mapped {
+            path: path.to_owned(),
+            bytes,
+        }));
+        Ok(())
+    }
+
+    fn add_torch(&mut self, path: &Path, bytes: Bytes) -> Result<(), WeightError> {
+        let located =
+            torch_file::locate(bytes.as_bytes()).map_err(|reason| WeightError::CorruptTorch {
+                path: path.to_owned(),
+                reason,
+            })?;
+        for tensor in located {
+            let stored = Stored {
+                file: self.files.len(),
+                dtype: tensor.dtype,
+                shape: tensor.shape,
+                strides: tensor.strides,
+                range: tensor.range,
+            };
+            self.tensors.insert(tensor.name, stored);
+        }
         self.files.push(Arc::new(Mapped {
             path: path.to_owned(),
             bytes,
@@ -201,7 +238,7 @@ impl WeightFiles {
     fn values(&self, name: &str, stored: &Stored) -> Result<Vec<f32>, WeightError> {
         let element = self.element_type(name, stored)?;
         let bytes = &self.files[stored.file].bytes.as_bytes()[stored.range.clone()];
-        Ok(match element {
+        let elements: Vec<f32> = match element {
             ElementType::F32 => bytes
                 .chunks_exact(4)
                 .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
@@ -214,6 +251,10 @@ impl WeightFiles {
                 .chunks_exact(2)
                 .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
                 .collect(),
+        };
+        Ok(match &stored.strides {
+            None => elements,
+            Some(strides) => torch_file::in_order(&elements, &stored.shape, strides),
         })
     }
 }
@@ -278,6 +319,9 @@ impl ParameterSource for WeightFiles {
 
     fn elements(&self, spec: &ParameterSpec) -> Result<Elements<'_>, WeightError> {
         let stored = self.find_like(spec)?;
+        if stored.strides.is_some() {
+            return Ok(Elements::Values(self.values(&spec.name, stored)?));
+        }
         let element = self.element_type(&spec.name, stored)?;
         let bytes = &self.files[stored.file].bytes.as_bytes()[stored.range.clone()];
         Ok(Elements::Stored(bytes, element))
@@ -285,9 +329,10 @@ impl ParameterSource for WeightFiles {
 
     fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
         let stored = self.find_like(spec)?;
-        let [rows, columns] = *spec.shape.as_slice() else {
+        let ([rows, columns], None) = (spec.shape.as_slice(), &stored.strides) else {
             return Ok(None);
         };
+        let (rows, columns) = (*rows, *columns);
         Ok(Some(StoredTable {
             element: self.element_type(&spec.name, stored)?,
             file: self.files[stored.file].clone(),

@@ -24,6 +24,12 @@ pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x * (inner.tanh() + 1.0) * 0.5
 }
 
+/// OpenAI's cheaper GELU, `x sigmoid(1.702 x)`.
+pub fn quick_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    const SLOPE: f64 = 1.702;
+    silu(x * SLOPE) / SLOPE
+}
+
 /// SiLU: `x sigmoid(x)`.
 pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if let Some(x) = Handle::of(&x) {

@@ -10,6 +10,8 @@
 
 mod attention;
 mod conv;
+mod cross_attention;
+mod deformable;
 mod elementwise;
 mod fused;
 mod linear;
@@ -21,7 +23,9 @@ mod stages;
 
 pub use attention::{AttentionShape, Qkv, attention, joint_attention, relu_linear_attention};
 pub use conv::{ConvGeometry, conv2d, conv2d_packed};
-pub use elementwise::{gate_residual, gelu, gelu_tanh, silu, silu_gated};
+pub use cross_attention::cross_attention;
+pub use deformable::deformable_attention;
+pub use elementwise::{gate_residual, gelu, gelu_tanh, quick_gelu, silu, silu_gated};
 pub use linear::{Activation, activate, linear};
 pub use norm::{layer_norm_modulate, rms_norm};
 pub use packed::{

@@ -4,9 +4,10 @@
 
 use burn::tensor::{Bool, DType, Device, Distribution, Tensor, TensorData};
 use nitro_ops::{
-    Activation, AttentionShape, ConvGeometry, Precision, Qkv, attention, conv2d, gate_residual,
-    gelu, gelu_tanh, joint_attention, layer_norm_modulate, linear, pixel_shuffle, pixel_unshuffle,
-    relu_linear_attention, rms_norm, silu, silu_gated, upsample_nearest_2x,
+    Activation, AttentionShape, ConvGeometry, Precision, Qkv, attention, conv2d,
+    deformable_attention, gate_residual, gelu, gelu_tanh, joint_attention, layer_norm_modulate,
+    linear, pixel_shuffle, pixel_unshuffle, relu_linear_attention, rms_norm, silu, silu_gated,
+    upsample_nearest_2x,
 };
 
 /// Inputs of any rank, flattened; each case gives them their shapes.
@@ -225,6 +226,20 @@ fn linear_attention() {
             flat(relu_linear_attention(qkv, 8, 1e-15))
         });
     }
+}
+
+#[test]
+fn points_of_a_feature_pyramid() {
+    let levels = [[4, 5], [2, 3]];
+    let (batch, tokens, heads, dim, queries, samples) = (2, 26, 2, 3, 4, 6);
+    let points = batch * queries * heads * samples;
+    check(&[batch * tokens * heads * dim, 2 * points, points], |x| {
+        let value = x[0].clone().reshape([batch, tokens, heads, dim]);
+        // Around the middle, some outside.
+        let locations = x[1].clone().reshape([batch, queries, heads * samples, 2]) * 0.4 + 0.5;
+        let weights = x[2].clone().reshape([batch, queries, heads, samples]);
+        flat(deformable_attention(value, locations, weights, &levels))
+    });
 }
 
 #[test]

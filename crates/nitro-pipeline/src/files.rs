@@ -108,6 +108,14 @@ impl ModelFile {
         }
     }
 
+    /// The content's SHA-256 in hexadecimal.
+    pub fn sha256(&self) -> Result<String, PipelineError> {
+        let mut sha256 = Sha256::new();
+        self.hash_into(&mut sha256)?;
+        let digest = sha256.finalize();
+        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     /// Feeds the content to `sha256` in pieces.
     pub(crate) fn hash_into(&self, sha256: &mut Sha256) -> Result<(), PipelineError> {
         match self {

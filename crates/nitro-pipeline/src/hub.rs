@@ -193,7 +193,16 @@ impl Hub {
     ///
     /// A file already in the cache is used as it is, without asking the network.
     pub fn file(&self, repo: &str, file: &str) -> Result<PathBuf, HubError> {
-        if let Some(path) = self.cache.model(repo.to_owned()).get(file) {
+        self.fetch(repo, &Repo::model(repo.to_owned()), file)
+    }
+
+    /// As [`Hub::file`], of a dataset.
+    pub fn dataset_file(&self, repo: &str, file: &str) -> Result<PathBuf, HubError> {
+        self.fetch(repo, &Repo::dataset(repo.to_owned()), file)
+    }
+
+    fn fetch(&self, repo: &str, place: &Repo, file: &str) -> Result<PathBuf, HubError> {
+        if let Some(path) = self.cache.repo(place.clone()).get(file) {
             return Ok(path);
         }
         if self.options.offline {
@@ -203,17 +212,17 @@ impl Hub {
                 cache: self.options.cache.clone(),
             });
         }
-        self.download(repo, file)
+        self.download(repo, place, file)
             .map_err(|e| self.explain(repo, file, &e))
     }
 
-    fn download(&self, repo: &str, file: &str) -> Result<PathBuf, ApiError> {
-        let remote = self.api.repo(Repo::model(repo.to_owned()));
+    fn download(&self, repo: &str, place: &Repo, file: &str) -> Result<PathBuf, ApiError> {
+        let remote = self.api.repo(place.clone());
         let metadata = self.api.metadata(&remote.url(file))?;
         let size = metadata.size() as u64;
         let partial = self
             .cache
-            .model(repo.to_owned())
+            .repo(place.clone())
             .blob_path(metadata.etag())
             .with_extension("part");
         // A run that was stopped between the last byte and the renaming leaves a complete `.part`,

@@ -266,9 +266,7 @@ fn health_metrics_and_request_ids() {
 
 #[test]
 fn an_orderly_end_finishes_what_runs_and_refuses_the_rest() {
-    // However slow the machine is.
-    let grace = Duration::from_secs(600);
-    let server = TestServer::start(ServerOptions { grace, ..options() });
+    let server = TestServer::start(options());
     let mut body = quick("a ring", 1);
     body["num_inference_steps"] = json!(60);
     let mut kept = TcpStream::connect(server.address).unwrap();

@@ -3,8 +3,6 @@
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
 use super::Metadata;
 use crate::EvalError;
 use crate::error::write_atomically;
@@ -165,51 +163,4 @@ fn write_png(path: &Path, rgb: &[u8], width: usize, height: usize) -> Result<(),
         source,
     })?;
     write_atomically(path, bytes.get_ref())
-}
-
-/// The settings a folder's pictures were made with (`manifest.json` beside the prompt folders).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Hash of the checkpoint.
-    pub checkpoint: String,
-    /// Sampling steps.
-    pub steps: usize,
-    /// Guidance scale.
-    pub guidance: f64,
-    /// Seed of each of a prompt's pictures.
-    pub seeds: Vec<u64>,
-}
-
-impl Manifest {
-    /// Takes the folder for this run: writes the manifest, or finds the same one there and resumes.
-    ///
-    /// # Errors
-    /// When the folder holds pictures made under other settings, or cannot be written.
-    pub fn claim(&self, images: &Path) -> Result<(), EvalError> {
-        let path = images.join("manifest.json");
-        let json = |value: &Manifest| serde_json::to_string_pretty(value).unwrap_or_default();
-        match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                let found: Manifest =
-                    serde_json::from_str(&text).map_err(|source| EvalError::Json {
-                        expected: "a manifest {\"checkpoint\", \"steps\", \"guidance\", \"seeds\"}",
-                        path: path.display().to_string(),
-                        source,
-                    })?;
-                if found == *self {
-                    return Ok(());
-                }
-                Err(EvalError::OtherRun {
-                    path,
-                    found: json(&found),
-                    wanted: json(self),
-                })
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                std::fs::create_dir_all(images).map_err(EvalError::io("create", images))?;
-                write_atomically(&path, json(self).as_bytes())
-            }
-            Err(e) => Err(EvalError::io("read", &path)(e)),
-        }
-    }
 }

@@ -1,12 +1,11 @@
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{Kept, Metadata, Verdict};
-use crate::error::write_atomically;
-use crate::{EvalError, python_json};
+use crate::{EvalError, JsonLines, python_json};
 
 /// One line of GenEval's `results.jsonl`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,12 +61,10 @@ impl ImageResult {
     }
 }
 
-/// A `results.jsonl` that grows prompt by prompt. Every [`Results::add`] replaces the file as a
-/// whole, so an interrupted run leaves all finished prompts and no half line.
+/// A `results.jsonl` that grows prompt by prompt.
 #[derive(Debug)]
 pub struct Results {
-    path: PathBuf,
-    records: Vec<ImageResult>,
+    lines: JsonLines<ImageResult>,
     known: HashSet<String>,
 }
 
@@ -77,31 +74,14 @@ impl Results {
     /// # Errors
     /// When the file cannot be read, or a line is not a result record.
     pub fn open(path: &Path) -> Result<Results, EvalError> {
-        let records = match std::fs::read_to_string(path) {
-            Ok(text) => Results::parse(&text, path)?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(EvalError::io("read", path)(e)),
-        };
-        let known = records.iter().map(|r| r.filename.clone()).collect();
+        const EXPECTED: &str =
+            "a result record {\"filename\", \"tag\", \"prompt\", \"correct\", ...}";
+        let lines: JsonLines<ImageResult> = JsonLines::open(path, EXPECTED)?;
+        let known = lines.records().iter().map(|r| r.filename.clone());
         Ok(Results {
-            path: path.to_owned(),
-            records,
-            known,
+            known: known.collect(),
+            lines,
         })
-    }
-
-    fn parse(text: &str, path: &Path) -> Result<Vec<ImageResult>, EvalError> {
-        text.lines()
-            .enumerate()
-            .filter(|(_, line)| !line.trim().is_empty())
-            .map(|(i, line)| {
-                serde_json::from_str(line).map_err(|source| EvalError::Json {
-                    expected: "a result record {\"filename\", \"tag\", \"prompt\", \"correct\", ...}",
-                    path: format!("{}, line {}", path.display(), i + 1),
-                    source,
-                })
-            })
-            .collect()
     }
 
     /// Whether this picture has been judged.
@@ -115,35 +95,13 @@ impl Results {
     /// # Errors
     /// When the file cannot be written.
     pub fn add(&mut self, records: Vec<ImageResult>) -> Result<(), EvalError> {
-        for record in records {
-            if self.known.insert(record.filename.clone()) {
-                self.records.push(record);
-            } else if let Some(old) = self
-                .records
-                .iter_mut()
-                .find(|r| r.filename == record.filename)
-            {
-                *old = record;
-            }
-        }
-        let mut text = String::new();
-        for record in &self.records {
-            let line = serde_json::to_string(record).map_err(|source| EvalError::Json {
-                expected: "a record that can be written",
-                path: self.path.display().to_string(),
-                source,
-            })?;
-            text += &line;
-            text.push('\n');
-        }
-        if let Some(folder) = self.path.parent().filter(|p| !p.as_os_str().is_empty()) {
-            std::fs::create_dir_all(folder).map_err(EvalError::io("create", folder))?;
-        }
-        write_atomically(&self.path, text.as_bytes())
+        self.known
+            .extend(records.iter().map(|r| r.filename.clone()));
+        self.lines.add(records, |a, b| a.filename == b.filename)
     }
 
     /// All records, in the order they were added.
     pub fn records(&self) -> &[ImageResult] {
-        &self.records
+        self.lines.records()
     }
 }

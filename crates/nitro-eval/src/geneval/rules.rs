@@ -16,6 +16,20 @@ pub struct Options {
     pub position_threshold: f32,
 }
 
+impl Options {
+    /// IoU from which on two boxes of a class are taken for the same object.
+    const DUPLICATE: f32 = 0.9;
+
+    /// GenEval's settings, but an object that the detector reports twice counts once. GenEval leaves
+    /// duplicates in, and its detector does not suppress them either.
+    pub fn without_duplicates() -> Self {
+        Self {
+            max_overlap: Self::DUPLICATE,
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Options {

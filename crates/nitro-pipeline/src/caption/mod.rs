@@ -58,6 +58,12 @@ pub fn clean_once(caption: &str) -> String {
     python::strip(&text).to_owned()
 }
 
+/// What CLIP's tokenizer does to a text first: ftfy's repair of wrongly decoded characters, then HTML
+/// entities, decoded twice.
+pub fn repair(text: &str) -> String {
+    entities::unescape(&entities::unescape(&repair::fix_text(head(text))))
+}
+
 /// The first [`MAX_CHARS`] characters.
 fn head(caption: &str) -> &str {
     match caption.char_indices().nth(MAX_CHARS) {

@@ -43,7 +43,7 @@ enum Command {
     /// Serve pictures over HTTP: OpenAI's and AUTOMATIC1111's APIs, and a page
     Serve(Box<serve::ServeArgs>),
     /// Score a model on a benchmark
-    Eval(EvalCommand),
+    Eval(eval::EvalCommand),
     /// Train models
     #[command(subcommand)]
     Train(train::TrainCommand),
@@ -57,18 +57,6 @@ enum Command {
     Model(ModelCommand),
     /// Measure this machine, and the full-size models on it
     Bench(bench::BenchArgs),
-}
-
-#[derive(Args)]
-struct EvalCommand {
-    #[command(subcommand)]
-    command: Eval,
-}
-
-#[derive(Subcommand)]
-enum Eval {
-    /// The shapes bench: 240 prompts in GenEval's six tasks, four pictures each, judged exactly
-    Shapes(Box<eval::ShapesArgs>),
 }
 
 #[derive(Args)]
@@ -88,9 +76,7 @@ pub(crate) fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Serve(args) => serve::run(*args),
-        Command::Eval(EvalCommand {
-            command: Eval::Shapes(args),
-        }) => eval::run(&args),
+        Command::Eval(command) => eval::run(&command),
         Command::Train(command) => train::run(&command),
         Command::Reproduce(command) => reproduce::run(&command),
         Command::Data(command) => data::run(&command),

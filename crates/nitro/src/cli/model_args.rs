@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use burn::tensor::Device;
@@ -45,7 +46,7 @@ pub(super) struct ModelArgs {
     device: DeviceName,
     /// CPU threads [default: all cores]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    pub(super) threads: Option<u16>,
     /// How products are computed: bf16 and int8 are faster on CPUs with AVX-512, int8 takes half the
     /// memory (8-bit weights in transformer and text encoder)
     #[arg(long, value_enum, default_value_t = PrecisionName::F32)]
@@ -79,14 +80,15 @@ impl PrecisionName {
     }
 }
 
-/// Sets how many threads the kernels use, where the user says so.
+/// Sets how many threads the kernels use, where the user says so. The first call counts.
 pub(super) fn use_threads(threads: Option<u16>) -> anyhow::Result<()> {
+    static SET: AtomicBool = AtomicBool::new(false);
     match threads {
-        None => Ok(()),
-        Some(threads) => rayon::ThreadPoolBuilder::new()
+        Some(threads) if !SET.swap(true, Ordering::SeqCst) => rayon::ThreadPoolBuilder::new()
             .num_threads(usize::from(threads))
             .build_global()
             .context("cannot set the number of threads"),
+        _ => Ok(()),
     }
 }
 

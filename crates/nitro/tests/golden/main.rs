@@ -14,9 +14,11 @@ mod dinov2;
 mod emmdit;
 mod files;
 mod full_size;
+mod geneval;
 mod llama;
 mod mds;
 mod pipeline;
+mod scorers;
 mod text;
 mod train_steps;
 mod transforms;
@@ -34,14 +36,18 @@ use files::{Case, golden_dir};
 type Suite = (&'static str, fn(&Case, &mut Report) -> Result<()>);
 
 const SUITES: &[Suite] = &[
+    ("clip_hps", scorers::clip_hps),
     ("dcae", dcae::run),
     ("dinov2", dinov2::run),
     ("emmdit_forward", emmdit::forward),
     ("emmdit_train", emmdit::train),
     ("flow_match_euler", diffusion::flow_match_euler),
     ("full_size", full_size::run),
+    ("geneval", geneval::run),
+    ("image_reward", scorers::image_reward),
     ("llama", llama::run),
     ("mds", mds::run),
+    ("mask2former", scorers::mask2former),
     ("pipeline", pipeline::run),
     ("text_clean", text::clean),
     ("torch_rng", diffusion::torch_rng),

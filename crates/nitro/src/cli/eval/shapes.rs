@@ -2,17 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use clap::Args;
-use nitro::{Pipeline, Request, Seeds};
-use nitro_eval::geneval::{Manifest, PromptFolder, read_metadata, write_prompt_folder};
+use nitro::{Pipeline, Seeds};
+use nitro_eval::geneval::{PromptFolder, read_metadata};
 use nitro_eval::shapes::{IMAGES_PER_PROMPT, held_out_bench, options, score_folder, shapes_bench};
 use nitro_eval::{Metadata, Results, Summary};
 
-use super::failure::{bad_input, say};
-use super::interrupt;
-use super::model_args::ModelArgs;
-use super::progress::Progress;
+use super::super::failure::{bad_input, say};
+use super::super::interrupt;
+use super::super::progress::Progress;
+use super::geneval::wanted;
+use super::pictures::{PictureArgs, Settings, Wanted};
 
 /// Arguments of `nitro eval shapes`.
 #[derive(Args)]
@@ -30,27 +30,18 @@ pub(super) struct ShapesArgs {
     /// Only the first N prompts
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Sampling steps [default: the variant's]
-    #[arg(long, value_name = "N")]
-    steps: Option<usize>,
-    /// Guidance scale [default: the variant's]
-    #[arg(short, long, alias = "cfg-scale", value_name = "SCALE")]
-    guidance_scale: Option<f64>,
-    /// Pictures denoised together
-    #[arg(long, default_value_t = 32, value_name = "N")]
-    batch: usize,
     /// Print the summary as JSON
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    model: ModelArgs,
+    pictures: PictureArgs,
 }
 
 /// Runs the command.
 pub(super) fn run(args: &ShapesArgs) -> anyhow::Result<()> {
     interrupt::install();
     let prompts = args.read_prompts()?;
-    let progress = Progress::new(args.model.location.quiet);
+    let progress = args.pictures.begin()?;
     let result = args.score(&prompts, &progress);
     progress.clear();
     let summary = result?;
@@ -84,48 +75,58 @@ impl ShapesArgs {
     }
 
     fn score(&self, prompts: &[Metadata], progress: &Progress) -> anyhow::Result<Summary> {
-        let pipeline = self.model.load(None, progress)?;
+        let pipeline = self.pictures.load(progress)?;
+        let Settings {
+            steps,
+            guidance,
+            batch,
+        } = self.pictures.settings();
         let bench = Bench {
             out: &self.out,
-            steps: self.steps,
-            guidance: self.guidance_scale,
-            batch: self.batch,
+            steps,
+            guidance,
+            batch,
         };
         bench.score(&pipeline, prompts, progress)
     }
 }
 
 /// How a bench is run.
-pub(super) struct Bench<'a> {
+pub(in super::super) struct Bench<'a> {
     /// Folder for pictures, `manifest.json` and `results.jsonl`.
-    pub(super) out: &'a Path,
+    pub(in super::super) out: &'a Path,
     /// Sampling steps, if not the variant's.
-    pub(super) steps: Option<usize>,
+    pub(in super::super) steps: Option<usize>,
     /// Guidance scale, if not the variant's.
-    pub(super) guidance: Option<f64>,
+    pub(in super::super) guidance: Option<f64>,
     /// Pictures denoised together.
-    pub(super) batch: usize,
+    pub(in super::super) batch: usize,
 }
 
 impl Bench<'_> {
     /// Makes the pictures that are missing, and scores all.
-    pub(super) fn score(
+    pub(in super::super) fn score(
         &self,
         pipeline: &Pipeline,
         prompts: &[Metadata],
         progress: &Progress,
     ) -> anyhow::Result<Summary> {
-        progress.stage("hashing the weights");
-        let seeds: Vec<u64> = (0..IMAGES_PER_PROMPT as u64).collect();
-        Manifest {
-            checkpoint: pipeline.fingerprint()?,
-            steps: self.steps.unwrap_or(pipeline.variant().steps),
-            guidance: self.guidance.unwrap_or(pipeline.variant().guidance),
-            seeds,
-        }
-        .claim(self.out)?;
-
-        self.make_pictures(pipeline, prompts, progress)?;
+        let settings = Settings {
+            steps: self.steps,
+            guidance: self.guidance,
+            batch: self.batch,
+        };
+        let numbers = (0..IMAGES_PER_PROMPT as u64).collect();
+        let manifest = settings.manifest(pipeline, numbers, progress)?;
+        manifest.claim(self.out)?;
+        let open: Vec<Wanted<'_>> = prompts
+            .iter()
+            .enumerate()
+            .filter(|(i, p)| !PromptFolder::is_complete(self.out, *i, p, IMAGES_PER_PROMPT))
+            .map(|(i, p)| wanted(self.out, i, p))
+            .collect();
+        let (total, each, seeds) = (prompts.len(), IMAGES_PER_PROMPT, Seeds::PerImage(0));
+        settings.make(pipeline, &open, total, each, &seeds, progress)?;
         progress.stage("judging");
         let mut results = Results::open(&self.out.join("results.jsonl"))?;
         score_folder(self.out, &options(), &mut results)?;
@@ -138,48 +139,5 @@ impl Bench<'_> {
             .cloned()
             .collect();
         Ok(Summary::of(&records))
-    }
-
-    /// Prompts without pictures, several in each forward pass.
-    fn make_pictures(
-        &self,
-        pipeline: &Pipeline,
-        prompts: &[Metadata],
-        progress: &Progress,
-    ) -> anyhow::Result<()> {
-        let open: Vec<(usize, &Metadata)> = prompts
-            .iter()
-            .enumerate()
-            .filter(|(i, p)| !PromptFolder::is_complete(self.out, *i, p, IMAGES_PER_PROMPT))
-            .collect();
-        progress.count("prompts", prompts.len() as u64);
-        let mut done = prompts.len() - open.len();
-        progress.set(done as u64);
-        for group in open.chunks((self.batch / IMAGES_PER_PROMPT).max(1)) {
-            let request = Request {
-                images_per_prompt: IMAGES_PER_PROMPT,
-                steps: self.steps,
-                guidance_scale: self.guidance,
-                seeds: Seeds::PerImage(0),
-                batch: self.batch,
-                ..Request::of(group.iter().map(|(_, p)| p.prompt.as_str()))
-            };
-            let output = interrupt::watched(|| {
-                pipeline.generate_observed(&request, &mut |_| interrupt::check())
-            })?;
-            for ((index, metadata), images) in
-                group.iter().zip(output.images.chunks(IMAGES_PER_PROMPT))
-            {
-                let (width, height) = images[0].image.dimensions();
-                let samples: Vec<Vec<u8>> =
-                    images.iter().map(|g| g.image.as_raw().clone()).collect();
-                let size = (width as usize, height as usize);
-                write_prompt_folder(self.out, *index, metadata, &samples, size, true)
-                    .with_context(|| format!("cannot write to {}", self.out.display()))?;
-                done += 1;
-                progress.set(done as u64);
-            }
-        }
-        Ok(())
     }
 }
