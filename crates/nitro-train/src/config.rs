@@ -13,6 +13,7 @@ use crate::TrainError;
 use crate::distill::DistillTask;
 use crate::grpo::GrpoTask;
 use crate::lora::LoraTask;
+use crate::preference::PreferenceTask;
 
 /// A training run, as resolved from its YAML file and overrides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -125,6 +126,8 @@ pub enum TaskConfig {
     VisualEncoder(VisualEncoderTask),
     /// The E-MMDiT on cached latents and captions.
     Emmdit(EmmditTask),
+    /// A small CLIP on pictures of the shapes world: the miniature's preference model.
+    Preference(PreferenceTask),
     /// Low-rank adapters of a model on a folder of pictures with captions.
     Lora(LoraTask),
     /// Group-relative policy optimisation of a model's adapters.
@@ -141,6 +144,7 @@ impl TaskConfig {
             Self::LanguageModel(_) => "language_model",
             Self::VisualEncoder(_) => "visual_encoder",
             Self::Emmdit(_) => "emmdit",
+            Self::Preference(_) => "preference",
             Self::Lora(_) => "lora",
             Self::Grpo(_) => "grpo",
             Self::Distill(_) => "distill",

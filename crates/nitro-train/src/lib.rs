@@ -26,6 +26,7 @@ pub mod losses;
 pub mod miniature;
 pub mod optimizer;
 mod pictures;
+pub mod preference;
 mod progress;
 pub mod prompts;
 mod recompute;

@@ -15,6 +15,7 @@ use crate::emmdit::EmmditTraining;
 use crate::export::save_shipped;
 use crate::files::write_json;
 use crate::language_model::LanguageModel;
+use crate::preference::Preference;
 use crate::store::ParameterStore;
 use crate::trainer::{RunOptions, train};
 use crate::visual_encoder::VisualEncoder;
@@ -89,6 +90,20 @@ pub fn run(
                 0 => export_emmdit(&task.model, &store, &export.join("transformer.safetensors")),
                 _ => Ok(()),
             }
+        }
+        TaskConfig::Preference(task) => {
+            let store = train(&Preference::new(&config.run, task), config, dir, options)?;
+            if options.comm.rank() != 0 {
+                return Ok(());
+            }
+            let out = export.join("preference");
+            let model = serde_json::json!({ "model_cfg": task.model });
+            write_json(&out.join("open_clip_config.json"), &model)?;
+            save_shipped(
+                &store,
+                &out.join("open_clip_model.safetensors"),
+                HashMap::new(),
+            )
         }
         TaskConfig::Lora(task) => crate::lora::run(config, task, dir, export, options),
         TaskConfig::Grpo(task) => crate::grpo::run(config, task, dir, export, options),

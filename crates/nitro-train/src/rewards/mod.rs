@@ -2,10 +2,12 @@
 
 mod http;
 mod judge;
+mod neural;
 mod pickle;
 
 use image::RgbImage;
 use nitro_eval::geneval::Metadata;
+use nitro_eval::scorers::official;
 use serde::{Deserialize, Serialize};
 
 pub use self::http::HttpScorer;
@@ -54,6 +56,28 @@ pub enum ScorerConfig {
         #[serde(default)]
         partial: f64,
     },
+    /// GenEval's rules over Mask2Former, colours by CLIP ViT-L/14: 1 or 0.
+    #[serde(rename = "geneval")]
+    GenEval {
+        /// The detector: a file, a folder or a Hub repository.
+        #[serde(default = "detector")]
+        detector: String,
+        /// The colours' CLIP, likewise.
+        #[serde(default = "clip")]
+        colors: String,
+    },
+    /// HPSv2.1, or a CLIP of any size with its `open_clip_config.json`.
+    Hps {
+        /// A file, a folder or a Hub repository.
+        #[serde(default = "hps")]
+        model: String,
+    },
+    /// ImageReward.
+    ImageReward {
+        /// A file, a folder or a Hub repository.
+        #[serde(default = "image_reward")]
+        model: String,
+    },
     /// A reward server in flow_grpo's protocol.
     Http {
         /// Its address, such as `http://127.0.0.1:18085`.
@@ -68,6 +92,22 @@ pub enum ScorerConfig {
         #[serde(default = "retries")]
         retries: u32,
     },
+}
+
+fn detector() -> String {
+    official::DETECTOR.into()
+}
+
+fn clip() -> String {
+    official::CLIP.into()
+}
+
+fn hps() -> String {
+    official::HPS.into()
+}
+
+fn image_reward() -> String {
+    official::IMAGE_REWARD.into()
 }
 
 fn scores() -> String {
@@ -105,6 +145,9 @@ impl Rewards {
         for config in configs {
             let scorer: Box<dyn Scorer> = match &config.scorer {
                 ScorerConfig::Judge { partial } => Box::new(JudgeScorer { partial: *partial }),
+                ScorerConfig::GenEval { detector, colors } => neural::geneval(detector, colors)?,
+                ScorerConfig::Hps { model } => neural::hps(model)?,
+                ScorerConfig::ImageReward { model } => neural::image_reward(model)?,
                 ScorerConfig::Http {
                     url,
                     field,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use nitro::card::CARD_FILE;
 use nitro_train::config::RunConfig;
 use nitro_train::miniature;
 use nitro_train::trainer::RunOptions;
@@ -140,6 +141,13 @@ fn variant(
     };
     let dir = args.run.dir(format!("runs/{name}"));
     miniature::run(&config, &dir, &export, options)?;
+    if !export.join(CARD_FILE).exists() {
+        say(format!(
+            "{}: written; it has no {CARD_FILE}, so it is no model folder yet",
+            export.display()
+        ));
+        return Ok(());
+    }
     say(format!(
         "variant `{name}` is in {0}: nitro generate --model {0} --variant {name} \"...\"",
         export.display()

@@ -5,9 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use burn::tensor::Device;
 use clap::{Args, ValueEnum};
+use image::RgbImage;
 use nitro::card::CARD_FILE;
 use nitro::{HubOptions, ModelCard, ModelFiles, ModelInfo, ModelLocation, Pipeline, Request};
+use nitro_eval::geneval::{prompt_folders, read_rgb};
+use nitro_eval::scorers::{Hps, ScorerFiles};
 use nitro_eval::shapes::{BenchPrompt, held_out_bench, shapes_bench};
 use nitro_eval::{Metadata, Summary};
 use nitro_ops::Precision;
@@ -34,6 +38,10 @@ pub(in super::super) struct Table2Args {
     /// Whose pictures the four-step model learns from
     #[arg(long, value_enum, default_value_t = Teacher::Grpo)]
     teacher: Teacher,
+    /// Preference model for a further column: a folder or Hub name, as `nitro train run
+    /// configs/miniature-preference.yaml` makes one
+    #[arg(long, value_name = "MODEL")]
+    hps: Option<String>,
     /// Override of the GRPO configuration (repeatable)
     #[arg(long, value_name = "KEY=VALUE")]
     grpo: Vec<String>,
@@ -77,6 +85,8 @@ struct Row {
     overall: f64,
     /// On the held-out prompts.
     overall_held_out: f64,
+    /// Mean score of the bench's pictures by the preference model, times 100.
+    hps: Option<f64>,
 }
 
 /// Runs the command.
@@ -91,6 +101,13 @@ pub(super) fn run(args: &Table2Args) -> anyhow::Result<()> {
         HubOptions::from_env(),
     )?)?;
     let progress = Progress::new(args.quiet);
+    let hps = match &args.hps {
+        Some(place) => {
+            let files = ScorerFiles::new(place, HubOptions::from_env());
+            Some(files.hps(&Device::flex(), Precision::F32)?.scorer)
+        }
+        None => None,
+    };
     let mut rows = Vec::new();
     for variant in VARIANTS {
         let pipeline = Pipeline::builder(ModelLocation::Folder(model.clone()))
@@ -135,6 +152,13 @@ pub(super) fn run(args: &Table2Args) -> anyhow::Result<()> {
                 .collect(),
             overall: bench.overall(),
             overall_held_out: held_out.overall(),
+            hps: match &hps {
+                Some(hps) => Some(preference(
+                    hps,
+                    &args.runs.join(format!("bench-{variant}")),
+                )?),
+                None => None,
+            },
         });
     }
     progress.clear();
@@ -229,6 +253,24 @@ fn train(args: &Table2Args, model: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Mean score of a bench folder's pictures, times 100 as HPSv2 gives it.
+fn preference(hps: &Hps, folder: &Path) -> anyhow::Result<f64> {
+    let (mut sum, mut count) = (0.0, 0);
+    for prompt in prompt_folders(folder)? {
+        let mut pictures = Vec::new();
+        for sample in &prompt.samples {
+            let (rgb, width, height) = read_rgb(sample)?;
+            pictures.extend(RgbImage::from_raw(width as u32, height as u32, rgb));
+        }
+        let text = prompt.metadata.prompt.as_str();
+        let pairs: Vec<(&RgbImage, &str)> = pictures.iter().map(|p| (p, text)).collect();
+        let scores = hps.score(&pairs)?;
+        sum += scores.iter().map(|s| f64::from(*s)).sum::<f64>();
+        count += scores.len();
+    }
+    Ok(100.0 * sum / count.max(1) as f64)
+}
+
 /// Pictures per second in batches; time for one picture, and of it in the transformer: the median of
 /// five after a first one.
 fn speed(pipeline: &Pipeline) -> anyhow::Result<(f64, Duration, Duration)> {
@@ -256,12 +298,12 @@ fn speed(pipeline: &Pipeline) -> anyhow::Result<(f64, Duration, Duration)> {
     ))
 }
 
-/// Rows of the seed's table: throughput and latency on an MI300X, and GenEval's overall score
-/// (AMD's blog and arXiv 2510.27135).
-const SEED: [(&str, &str, &str, &str, &str); 3] = [
-    ("Nitro-E 512 px base", "20", "18.83", "398", "0.66"),
-    ("Nitro-E 512 px GRPO", "20", "18.83", "398", "0.72"),
-    ("Nitro-E 512 px dist", "4", "39.36", "99", "0.67"),
+/// Rows of the seed's table: throughput and latency on an MI300X, GenEval's overall score and HPSv2.1
+/// where they are published (AMD's blog and arXiv 2510.27135).
+const SEED: [[&str; 6]; 3] = [
+    ["Nitro-E 512 px base", "20", "18.83", "398", "0.66", "29.82"],
+    ["Nitro-E 512 px GRPO", "20", "18.83", "398", "0.72", ""],
+    ["Nitro-E 512 px dist", "4", "39.36", "99", "0.67", "30.18"],
 ];
 
 fn table(rows: &[Row]) -> String {
@@ -274,8 +316,8 @@ fn table(rows: &[Row]) -> String {
     for tag in &tags {
         let _ = write!(text, " {tag} |");
     }
-    text += " overall | held-out prompts |\n";
-    text += &"| --- ".repeat(9 + tags.len());
+    text += " overall | held-out prompts | HPS |\n";
+    text += &"| --- ".repeat(10 + tags.len());
     text += "|\n";
     for row in rows {
         let _ = write!(
@@ -292,14 +334,16 @@ fn table(rows: &[Row]) -> String {
         for (_, share) in &row.tasks {
             let _ = write!(text, " {share:.2} |");
         }
-        let _ = writeln!(text, " {:.3} | {:.3} |", row.overall, row.overall_held_out);
+        let hps = row.hps.map_or(String::new(), |hps| format!("{hps:.2}"));
+        let (overall, other) = (row.overall, row.overall_held_out);
+        let _ = writeln!(text, " {overall:.3} | {other:.3} | {hps} |");
     }
-    for (name, steps, throughput, latency, overall) in SEED {
+    for [name, steps, throughput, latency, overall, hps] in SEED {
         let gaps = " |".repeat(tags.len() + 1);
         let _ = writeln!(
             text,
             "| {name} (MI300X, as published) | {steps} | 304M | | {throughput} | {latency} |{gaps} \
-             {overall} | |"
+             {overall} | | {hps} |"
         );
     }
     text
@@ -323,9 +367,10 @@ mod tests {
             tasks: vec![("position".into(), 0.5), ("counting".into(), 0.7)],
             overall: 0.6,
             overall_held_out: 0.61,
+            hps: None,
         };
         let table = table(&[row("base"), row("grpo"), row("dist")]);
         let columns: Vec<usize> = table.lines().map(|l| l.matches('|').count()).collect();
-        assert_eq!(columns, vec![12; 8], "{table}");
+        assert_eq!(columns, vec![13; 8], "{table}");
     }
 }
