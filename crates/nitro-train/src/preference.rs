@@ -7,7 +7,8 @@
 //! caption, falls when a picture shows something else or looks like nothing that was rendered.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use image::RgbImage;
@@ -64,13 +65,15 @@ impl<'a> Preference<'a> {
         }
     }
 
-    /// `count` pairs with different captions; two pictures of one caption would contradict the loss.
-    fn pairs(&self, seeds: impl Iterator<Item = u64>, count: usize) -> Pairs {
+    /// The pairs `wanted` of those with different captions; two pictures of one caption would
+    /// contradict the loss.
+    fn pairs(&self, seeds: impl Iterator<Item = u64>, wanted: Range<usize>) -> Pairs {
         let mut known = HashSet::new();
         let examples: Vec<Example> = seeds
             .map(Example::from_seed)
             .filter(|example| known.insert(example.caption.clone()))
-            .take(count)
+            .skip(wanted.start)
+            .take(wanted.len())
             .collect();
         let side = self.task.model.vision_cfg.image_size;
         let pixels: Vec<f32> = examples
@@ -119,9 +122,9 @@ impl Task for Preference<'_> {
         Ok(Clip::new(&self.task.model, p).map(drop)?)
     }
 
-    fn batch(&self, step: u64) -> Result<Pairs, TrainError> {
+    fn batch(&self, step: u64, examples: Range<usize>) -> Result<Pairs, TrainError> {
         let seeds = (0..).map(|i| example_seed(self.common.seed, step, i));
-        Ok(self.pairs(seeds, self.common.batch_size))
+        Ok(self.pairs(seeds, examples))
     }
 
     fn loss(&self, p: &Params<'_>, batch: Pairs) -> Result<Losses, TrainError> {
@@ -136,13 +139,19 @@ impl Task for Preference<'_> {
     }
 
     /// Of 64 held-out pairs, the share of pictures whose own caption is the nearest.
-    fn sample(&self, averaged: &TensorMap, step: u64, dir: &Path) -> Result<(), TrainError> {
+    fn sample(
+        &self,
+        averaged: &TensorMap,
+        step: u64,
+        dir: &Path,
+    ) -> Result<Option<PathBuf>, TrainError> {
         let precision = Precision::from(self.common.precision);
         let p = Params::new(averaged, &Device::flex(), precision);
-        let pairs = self.pairs((0..).map(|i| HELD_OUT + i), CHECKED);
+        let pairs = self.pairs((0..).map(|i| HELD_OUT + i), 0..CHECKED);
         let logits = self.logits(&p, pairs)?;
         let right = accuracy(logits, diagonal(CHECKED));
         let path = dir.join(format!("step-{step:08}.json"));
-        write_json(&path, &json!({ "pairs": CHECKED, "right": right }))
+        write_json(&path, &json!({ "pairs": CHECKED, "right": right }))?;
+        Ok(None)
     }
 }

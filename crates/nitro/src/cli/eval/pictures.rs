@@ -36,12 +36,15 @@ pub(super) struct Settings {
     pub(super) batch: usize,
 }
 
+/// Puts one prompt's pictures where they belong.
+type Save<'a> = Box<dyn Fn(&[RgbImage]) -> anyhow::Result<()> + 'a>;
+
 /// A prompt whose pictures are to be made.
 pub(super) struct Wanted<'a> {
     /// The prompt.
     pub(super) prompt: &'a str,
     /// Stores its pictures; after that the prompt is done.
-    pub(super) save: Box<dyn Fn(&[RgbImage]) -> anyhow::Result<()> + 'a>,
+    pub(super) save: Save<'a>,
 }
 
 impl PictureArgs {
