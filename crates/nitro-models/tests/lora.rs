@@ -5,12 +5,13 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 
-use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use nitro_models::emmdit::{Emmdit, EmmditConfig};
 use nitro_models::layers::Linear;
 use nitro_models::{
-    Adapted, DType, LiveAdapter, LoraAdapter, LoraLayer, LoraSpec, Merged, ParameterSource, Params,
-    RandomInit, TensorMap, WeightFiles, save_comfy, save_peft, save_safetensors,
+    Adapted, DType, Init, LiveAdapter, LoraAdapter, LoraLayer, LoraSpec, Merged, ParameterSource,
+    ParameterSpec, Params, RandomInit, TensorMap, WeightFiles, save_comfy, save_peft,
+    save_safetensors,
 };
 use nitro_ops::Precision;
 
@@ -44,9 +45,16 @@ fn base() -> TensorMap {
     TensorMap::collect(&RandomInit::new(1), &Device::flex(), build).unwrap()
 }
 
-fn random(count: usize) -> Vec<f32> {
-    let values = Tensor::<1>::random([count], Distribution::Normal(0.0, 0.3), &Device::flex());
-    values.into_data().try_into_vec().unwrap()
+/// Normal values that depend on `name` alone.
+fn random(name: &str, count: usize) -> Vec<f32> {
+    let spec = ParameterSpec {
+        name: name.to_owned(),
+        shape: vec![count],
+        init: Init::Normal(0.3),
+        trainable: true,
+    };
+    let values = RandomInit::new(0).parameter(&spec, &Device::flex());
+    values.unwrap().into_data().try_into_vec().unwrap()
 }
 
 fn spec(alpha: f64) -> LoraSpec {
@@ -66,7 +74,10 @@ fn adapter(folder: &Path, alpha: f64) -> LoraAdapter {
         .map(|module| {
             let name = format!("{module}.weight");
             let (spec, _) = shapes.iter().find(|(spec, _)| spec.name == name).unwrap();
-            (random(RANK * spec.shape[1]), random(spec.shape[0] * RANK))
+            (
+                random(&format!("{name} down {alpha}"), RANK * spec.shape[1]),
+                random(&format!("{name} up {alpha}"), spec.shape[0] * RANK),
+            )
         })
         .collect();
     let layers: Vec<LoraLayer<'_>> = MODULES
@@ -146,7 +157,7 @@ fn adapters_beside_what_they_do_not_fit_are_refused() {
 fn comfy_keys_carry_the_same_update() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("comfy.safetensors");
-    let (down, up) = (random(RANK * 4), random(2 * RANK));
+    let (down, up) = (random("down", RANK * 4), random("up", 2 * RANK));
     let layer = LoraLayer {
         module: "a.to_q",
         down: &down,
@@ -208,11 +219,11 @@ fn python_peft_reads_what_we_write() {
     let folder = tempfile::tempdir().unwrap();
     let (device, rank) = (Device::flex(), 2);
     let tensors: Vec<(&str, Vec<usize>, Vec<f32>)> = vec![
-        ("attn.to_q.weight", vec![4, 5], random(20)),
-        ("attn.to_q.bias", vec![4], random(4)),
-        ("attn.to_out.0.weight", vec![3, 4], random(12)),
-        ("attn.to_out.0.bias", vec![3], random(3)),
-        ("x", vec![6, 5], random(30)),
+        ("attn.to_q.weight", vec![4, 5], random("weight 0", 20)),
+        ("attn.to_q.bias", vec![4], random("weight 1", 4)),
+        ("attn.to_out.0.weight", vec![3, 4], random("weight 2", 12)),
+        ("attn.to_out.0.bias", vec![3], random("weight 3", 3)),
+        ("x", vec![6, 5], random("weight 4", 30)),
     ];
     let tensors: Vec<_> = tensors
         .iter()
@@ -221,8 +232,16 @@ fn python_peft_reads_what_we_write() {
     let path = folder.path().join("base.safetensors");
     save_safetensors(&path, &tensors, &HashMap::new(), DType::F32).unwrap();
     let updates = [
-        ("attn.to_q", random(rank * 5), random(4 * rank)),
-        ("attn.to_out.0", random(rank * 4), random(3 * rank)),
+        (
+            "attn.to_q",
+            random("q down", rank * 5),
+            random("q up", 4 * rank),
+        ),
+        (
+            "attn.to_out.0",
+            random("out down", rank * 4),
+            random("out up", 3 * rank),
+        ),
     ];
     let layers: Vec<_> = updates
         .iter()

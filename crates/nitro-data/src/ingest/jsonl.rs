@@ -1,6 +1,6 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::json;
 
@@ -44,11 +44,9 @@ impl JourneyDb {
             let missing = || Skip::new("annotation lacks a field", format!("no text {field:?}"));
             json[field].as_str().ok_or_else(missing)
         };
-        let path = text("img_path")?.trim_start_matches(['.', '/']);
-        if Path::new(path)
-            .components()
-            .any(|part| part == std::path::Component::ParentDir)
-        {
+        let path = text("img_path")?;
+        let inside = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+        if !Path::new(path).components().all(inside) {
             return Err(Skip::new("picture outside of the folder", path));
         }
         Ok(Content {

@@ -176,19 +176,23 @@ impl Index {
 
     /// Writes the index of `dir`, as Python's writer does.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(INDEX);
-        match python_json::dumps(self) {
-            Ok(text) => write_whole(&path, text.as_bytes()),
-            Err(e) => Err(DataError::Index {
-                path,
-                reason: e.to_string(),
-            }),
-        }
+        write_json(dir, self)
     }
 
     /// Samples in all shards.
     pub fn samples(&self) -> usize {
         self.shards.iter().map(|shard| shard.samples).sum()
+    }
+}
+
+fn write_json(dir: &Path, index: &impl Serialize) -> Result<()> {
+    let path = dir.join(INDEX);
+    match python_json::dumps(index) {
+        Ok(text) => write_whole(&path, text.as_bytes()),
+        Err(e) => Err(DataError::Index {
+            path,
+            reason: e.to_string(),
+        }),
     }
 }
 
@@ -212,6 +216,16 @@ pub fn merge_index(dir: &Path, parts: &[PathBuf]) -> Result<Index> {
             merged.shards.push(shard);
         }
     }
-    merged.write(dir)?;
+    // Python's `merge_index` writes the version first, its writer the keys sorted.
+    #[derive(Serialize)]
+    struct Joined<'a> {
+        version: u32,
+        shards: &'a [ShardInfo],
+    }
+    let joined = Joined {
+        version: merged.version,
+        shards: &merged.shards,
+    };
+    write_json(dir, &joined)?;
     Ok(merged)
 }
