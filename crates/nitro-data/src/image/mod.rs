@@ -12,9 +12,10 @@ use std::io::Cursor;
 use image::codecs::jpeg::JpegEncoder;
 use image::{ImageReader, RgbImage};
 
-pub use resize::{Filter, resize};
+pub use resize::{Contribution, Filter, contributions, resize};
 pub use transform::{
-    IMAGENET_MEAN, IMAGENET_STD, center_crop, dino_picture, resize_shorter, to_planes, vae_picture,
+    DINO_BASE, IMAGENET_MEAN, IMAGENET_STD, center_crop, dino_picture, resize_shorter, to_planes,
+    vae_picture,
 };
 
 use crate::mds::Pixels;

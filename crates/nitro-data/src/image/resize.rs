@@ -34,13 +34,18 @@ impl Filter {
 /// Bits behind the point of the weights: 32 less 8 for the value and 2 for overshoot.
 const PRECISION: u32 = 22;
 
-/// The source positions that make one output position, and their weights.
-struct Taps {
-    first: usize,
-    weights: Vec<i32>,
+/// The first of the source positions that make one output position, and the weights of it and those
+/// behind it, which sum to 1.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Contribution {
+    /// The first source position.
+    pub first: usize,
+    /// Weights.
+    pub weights: Vec<f64>,
 }
 
-fn taps(input: usize, output: usize, filter: Filter) -> Vec<Taps> {
+/// What each of `output` positions is made of, of `input` ones.
+pub fn contributions(input: usize, output: usize, filter: Filter) -> Vec<Contribution> {
     let scale = input as f64 / output as f64;
     let stretch = scale.max(1.0);
     let support = filter.support() * stretch;
@@ -50,17 +55,30 @@ fn taps(input: usize, output: usize, filter: Filter) -> Vec<Taps> {
             let first = (center - support + 0.5).max(0.0) as usize;
             let end = ((center + support + 0.5) as usize).min(input);
             let weight = |x: usize| filter.weight((x as f64 - center + 0.5) / stretch);
-            let weights: Vec<f64> = (first..end).map(weight).collect();
+            let mut weights: Vec<f64> = (first..end).map(weight).collect();
             let sum: f64 = weights.iter().sum();
-            let fixed = |weight: &f64| {
-                let weight = if sum == 0.0 { *weight } else { weight / sum };
-                // Halves away from zero, by truncation.
-                (weight * f64::from(1 << PRECISION) + 0.5f64.copysign(weight)) as i32
-            };
-            Taps {
-                first,
-                weights: weights.iter().map(fixed).collect(),
+            if sum != 0.0 {
+                weights.iter_mut().for_each(|weight| *weight /= sum);
             }
+            Contribution { first, weights }
+        })
+        .collect()
+}
+
+/// A contribution with weights of [`PRECISION`] bits.
+struct Taps {
+    first: usize,
+    weights: Vec<i32>,
+}
+
+fn taps(input: usize, output: usize, filter: Filter) -> Vec<Taps> {
+    // Halves away from zero, by truncation.
+    let fixed = |weight: f64| (weight * f64::from(1 << PRECISION) + 0.5f64.copysign(weight)) as i32;
+    contributions(input, output, filter)
+        .into_iter()
+        .map(|Contribution { first, weights }| Taps {
+            first,
+            weights: weights.into_iter().map(fixed).collect(),
         })
         .collect()
 }
@@ -134,6 +152,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn weights_sum_to_one_within_the_source() {
+        for (from, to) in [(7, 3), (3, 7), (5, 5), (100, 1), (1, 9)] {
+            for Contribution { first, weights } in contributions(from, to, Filter::Bicubic) {
+                assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+                assert!(first + weights.len() <= from);
+            }
+        }
+    }
 
     proptest! {
         #[test]

@@ -7,6 +7,9 @@ pub const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 /// ImageNet's channel deviations.
 pub const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
 
+/// Side to which the official pipeline brings a picture before it makes the one for DINOv2.
+pub const DINO_BASE: u32 = 512;
+
 /// torchvision's `Resize(size)`: the shorter side becomes `size`, the longer keeps the ratio, rounded
 /// down.
 pub fn resize_shorter(picture: &RgbImage, size: u32, filter: Filter) -> RgbImage {
