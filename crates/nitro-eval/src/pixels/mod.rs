@@ -3,15 +3,13 @@
 //! mmdet.
 
 mod opencv;
-mod pillow;
 mod torch;
 
 pub use opencv::resize_bilinear;
-pub(crate) use pillow::crop;
-pub use pillow::{center_crop, resize_bicubic};
 pub use torch::{Antialias, fit_square};
 
-use image::RgbImage;
+use image::{Rgb, RgbImage};
+use nitro_data::image::{Filter, center_crop, resize_shorter};
 
 /// Mean and deviation of each channel that OpenAI's CLIP was trained with; HPSv2 and ImageReward have
 /// the same.
@@ -64,18 +62,36 @@ impl Planes {
 /// open_clip's and ImageReward's picture: the shorter side bicubically to `side`, the middle square,
 /// normalised.
 pub fn clip_pixels(image: &RgbImage, side: u32) -> Planes {
-    let (w, h) = (u64::from(image.width()), u64::from(image.height()));
-    // torchvision rounds the longer side down.
-    let long = |long: u64, short: u64| (u64::from(side) * long / short.max(1)) as u32;
-    let (w, h) = match w <= h {
-        true => (side, long(h, w)),
-        false => (long(w, h), side),
-    };
-    let square = center_crop(&resize_bicubic(image, w, h), side);
+    let square = center_crop(&resize_shorter(image, side, Filter::Bicubic), side);
     Planes::of(&square).normalize(CLIP_MEAN, CLIP_STD)
+}
+
+/// The rectangle of `size` that begins at `(left, top)`; black where there is no picture.
+pub(crate) fn crop(image: &RgbImage, [left, top]: [i64; 2], [width, height]: [u32; 2]) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        let at = |start: i64, i: u32| u32::try_from(start + i64::from(i)).ok();
+        let pixel = at(left, x).zip(at(top, y));
+        pixel
+            .and_then(|(x, y)| image.get_pixel_checked(x, y))
+            .copied()
+            .unwrap_or(Rgb([0, 0, 0]))
+    })
 }
 
 /// HPSv2's picture: to values first, then the longer side bicubically to `side`, black bars, normalised.
 pub fn hps_pixels(image: &RgbImage, side: usize) -> Planes {
     fit_square(&Planes::of(image), side, Antialias::On).normalize(CLIP_MEAN, CLIP_STD)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crop_may_reach_beyond_the_picture() {
+        let image = RgbImage::from_pixel(2, 2, Rgb([7, 7, 7]));
+        let cut = crop(&image, [-1, 1], [3, 2]);
+        let row = |y| (0..3).map(|x| cut.get_pixel(x, y).0[0]).collect::<Vec<_>>();
+        assert_eq!((row(0), row(1)), (vec![0, 7, 7], vec![0, 0, 0]));
+    }
 }

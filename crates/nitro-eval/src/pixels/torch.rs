@@ -1,7 +1,8 @@
 //! Torch's bicubic resize of float pictures, as HPSv2's `ResizeMaxSize` calls it.
 
+use nitro_data::image::{Contribution, Filter, contributions};
+
 use super::Planes;
-use super::pillow::contributions;
 
 /// Whether shrinking averages over all old pixels. torchvision does so for tensors since 0.17.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,13 +45,13 @@ pub fn fit_square(image: &Planes, side: usize, antialias: Antialias) -> Planes {
 /// Resizes without clamping to 0..1, as torch does.
 fn resize(image: &Planes, height: usize, width: usize, antialias: Antialias) -> Planes {
     let weights = |from, to| match antialias {
-        Antialias::On => contributions(from, to),
+        Antialias::On => contributions(from, to, Filter::Bicubic),
         Antialias::Off => neighbours(from, to),
     };
     let (columns, rows) = (weights(image.width, width), weights(image.height, height));
     let mut across = Vec::with_capacity(3 * image.height * width);
     for line in image.values.chunks_exact(image.width) {
-        across.extend(columns.iter().map(|(first, weights)| {
+        across.extend(columns.iter().map(|Contribution { first, weights }| {
             let old = &line[*first..];
             weights
                 .iter()
@@ -61,7 +62,7 @@ fn resize(image: &Planes, height: usize, width: usize, antialias: Antialias) -> 
     }
     let mut values = Vec::with_capacity(3 * height * width);
     for plane in across.chunks_exact(image.height * width) {
-        for (first, weights) in &rows {
+        for Contribution { first, weights } in &rows {
             values.extend((0..width).map(|x| {
                 let old = plane[first * width + x..].iter().step_by(width);
                 weights
@@ -80,7 +81,7 @@ fn resize(image: &Planes, height: usize, width: usize, antialias: Antialias) -> 
 }
 
 /// Four neighbours per value; beyond the edge the last value is repeated.
-fn neighbours(from: usize, to: usize) -> Vec<(usize, Vec<f64>)> {
+fn neighbours(from: usize, to: usize) -> Vec<Contribution> {
     const A: f64 = -0.75;
     let near = |x: f64| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
     let far = |x: f64| ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A;
@@ -101,7 +102,7 @@ fn neighbours(from: usize, to: usize) -> Vec<(usize, Vec<f64>)> {
             ] {
                 weights[place(k) - first] += weight;
             }
-            (first, weights)
+            Contribution { first, weights }
         })
         .collect()
 }
