@@ -147,21 +147,28 @@ impl ModelFiles {
         location: impl Into<ModelLocation>,
         options: HubOptions,
     ) -> Result<Self, PipelineError> {
+        let files = Self::open_parts(location, options)?;
+        if files.card.variants.is_empty() {
+            return Err(files.source.no_model());
+        }
+        Ok(files)
+    }
+
+    /// The same for a model whose transformer is not needed, or not there yet: one of the folders
+    /// `dc-ae` and `text_encoder` is enough.
+    pub fn open_parts(
+        location: impl Into<ModelLocation>,
+        options: HubOptions,
+    ) -> Result<Self, PipelineError> {
         let source = Source {
             location: location.into(),
             options,
             hub: OnceLock::new(),
         };
         let card = source.card()?;
-        if card.variants.is_empty() {
-            return Err(PipelineError::NoModel {
-                place: source.place(),
-                reason: format!(
-                    "it holds neither {CARD_FILE} nor transformers under their official names \
-                     (such as {})",
-                    ModelCard::official("", |_| true).variants[0].transformer
-                ),
-            });
+        let own = |part: &str| !part.starts_with("hf:");
+        if card.variants.is_empty() && !own(&card.dc_ae) && !own(&card.text_encoder) {
+            return Err(source.no_model());
         }
         Ok(Self { source, card })
     }
@@ -203,6 +210,17 @@ impl Source {
             ModelLocation::Embedded(model) => model.name.to_owned(),
             ModelLocation::Folder(folder) => folder.display().to_string(),
             ModelLocation::Hub(repo) => repo.clone(),
+        }
+    }
+
+    fn no_model(&self) -> PipelineError {
+        PipelineError::NoModel {
+            place: self.place(),
+            reason: format!(
+                "it holds neither {CARD_FILE} nor transformers under their official names (such as \
+                 {})",
+                ModelCard::official("", |_| true).variants[0].transformer
+            ),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use image::RgbImage;
 use nitro_models::InputError;
 use nitro_models::dcae::{DcaeConfig, Decoder, Encoder};
@@ -19,10 +19,10 @@ use crate::files::{ModelFile, ModelLocation};
 use crate::load::{PipelineBuilder, load_encoder, load_text_encoder};
 use crate::pixels::{self, Canvas, Original};
 use crate::prompt_cache::PromptCache;
-use crate::tokenizer::{TextTokenizer, Tokens};
+use crate::tokenizer::{TextTokenizer, Tokens, token_tensors};
 
 /// Pixels decoded together at most; a decoder's activations are its largest memory.
-const DECODE_PIXELS: usize = 512 * 512;
+pub(crate) const DECODE_PIXELS: usize = 512 * 512;
 
 /// A loaded model: prompts in, pictures out.
 #[derive(Debug)]
@@ -206,13 +206,13 @@ impl Pipeline {
         latents: &[f32],
         count: usize,
     ) -> Result<Tensor<4>, PipelineError> {
-        let channels = self.autoencoder.latent_channels;
-        let side = (latents.len() / (count * channels).max(1)).isqrt();
-        let scale = self.autoencoder.scaling_factor as f32;
-        let values: Vec<f32> = latents.iter().map(|x| x / scale).collect();
-        let shape = [count, channels, side, side];
-        let latents = Tensor::from_data(TensorData::new(values, shape), &self.device);
-        self.decoder.decode(latents).map_err(misfit)
+        decode(
+            &self.decoder,
+            &self.autoencoder,
+            latents,
+            count,
+            &self.device,
+        )
     }
 
     /// A picture, cut and scaled to a square of `side` pixels, to latents as the denoiser sees them,
@@ -260,6 +260,23 @@ impl Pipeline {
     }
 }
 
+/// Latents of `count` square pictures, as the denoiser sees them, to decoded pictures.
+pub(crate) fn decode(
+    decoder: &Decoder,
+    config: &DcaeConfig,
+    latents: &[f32],
+    count: usize,
+    device: &Device,
+) -> Result<Tensor<4>, PipelineError> {
+    let channels = config.latent_channels;
+    let side = (latents.len() / (count * channels).max(1)).isqrt();
+    let scale = config.scaling_factor as f32;
+    let values: Vec<f32> = latents.iter().map(|x| x / scale).collect();
+    let shape = [count, channels, side, side];
+    let latents = Tensor::from_data(TensorData::new(values, shape), device);
+    decoder.decode(latents).map_err(misfit)
+}
+
 /// The texts as they are tokenised (cleaned if asked to), and their tokens.
 pub(crate) fn tokenise(
     tokenizer: &TextTokenizer,
@@ -285,14 +302,7 @@ pub(crate) fn text_features(
     tokens: &[&Tokens],
     device: &Device,
 ) -> Result<TensorData, PipelineError> {
-    let shape = [tokens.len(), tokens.first().map_or(0, |t| t.ids.len())];
-    let ids: Vec<i32> = tokens
-        .iter()
-        .flat_map(|t| t.ids.iter().map(|id| *id as i32))
-        .collect();
-    let mask: Vec<bool> = tokens.iter().flat_map(|t| t.mask()).collect();
-    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), device);
-    let mask = Tensor::<2, Bool>::from_data(TensorData::new(mask, shape), device);
+    let (ids, mask) = token_tensors(tokens, device);
     let features = encoder.forward(ids, mask).map_err(misfit)?;
     finite(features, file)
 }

@@ -1,5 +1,6 @@
 //! Prompts to token ids, as the official pipeline makes them with Hugging Face `tokenizers`.
 
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use tokenizers::{PaddingParams, PaddingStrategy, TruncationParams};
 
 use crate::PipelineError;
@@ -21,6 +22,18 @@ impl Tokens {
     pub fn mask(&self) -> Vec<bool> {
         (0..self.ids.len()).map(|i| i < self.length).collect()
     }
+}
+
+/// Ids and masks `[texts, length]` of texts of one length, as the text encoder takes them.
+pub fn token_tensors(tokens: &[&Tokens], device: &Device) -> (Tensor<2, Int>, Tensor<2, Bool>) {
+    let shape = [tokens.len(), tokens.first().map_or(0, |t| t.ids.len())];
+    let ids = tokens.iter().flat_map(|t| t.ids.iter());
+    let ids: Vec<i32> = ids.map(|id| *id as i32).collect();
+    let mask: Vec<bool> = tokens.iter().flat_map(|t| t.mask()).collect();
+    (
+        Tensor::from_data(TensorData::new(ids, shape), device),
+        Tensor::from_data(TensorData::new(mask, shape), device),
+    )
 }
 
 /// A tokenizer that makes every text the same length.
@@ -52,7 +65,7 @@ impl TextTokenizer {
             file: origin.clone(),
             reason,
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer.read()?)
+        let inner = tokenizers::Tokenizer::from_bytes(tokenizer.read()?)
             .map_err(|e| bad(format!("not a Hugging Face tokenizer: {e}")))?;
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(0) as usize;
         if largest >= vocabulary {
@@ -61,18 +74,31 @@ impl TextTokenizer {
                  not of the same model"
             )));
         }
-        let pad_token = end_of_text(config)?;
-        let pad_id = inner.token_to_id(&pad_token).ok_or_else(|| {
+        Self::new(inner, origin, &end_of_text(config)?, text_tokens)
+    }
+
+    /// Makes `inner` give `text_tokens` ids for every text, padded with `end_of_text`; messages call
+    /// it `origin`.
+    pub fn new(
+        mut inner: tokenizers::Tokenizer,
+        origin: String,
+        end_of_text: &str,
+        text_tokens: usize,
+    ) -> Result<Self, PipelineError> {
+        let bad = |reason: String| PipelineError::BadFile {
+            file: origin.clone(),
+            reason,
+        };
+        let pad_id = inner.token_to_id(end_of_text).ok_or_else(|| {
             bad(format!(
-                "it has no token {pad_token:?}, the eos_token of {}",
-                config.name()
+                "it has no token {end_of_text:?}, its eos_token, to pad with"
             ))
         })?;
         inner.with_padding(Some(PaddingParams {
             // Nitro-E pads with the end-of-text token.
             strategy: PaddingStrategy::Fixed(text_tokens),
             pad_id,
-            pad_token,
+            pad_token: end_of_text.to_owned(),
             ..Default::default()
         }));
         inner
