@@ -7,6 +7,8 @@
 
 mod positions;
 
+use std::path::Path;
+
 use burn::tensor::{Tensor, TensorData};
 use nitro_ops::{AttentionShape, Qkv, attention, gate_residual, gelu, pixel_unshuffle};
 use serde::{Deserialize, Serialize};
@@ -117,9 +119,38 @@ impl Dinov2Config {
         Ok(config)
     }
 
+    /// Shape and weights of what is at `path`: a released checkpoint, whose tensors tell its shape, or
+    /// a folder with `config.json` and `model.safetensors`.
+    pub fn open(path: &Path) -> Result<(Self, WeightFiles), WeightError> {
+        if !path.is_dir() {
+            let weights = WeightFiles::open(path)?;
+            return Ok((Self::from_weights(&weights)?, weights));
+        }
+        let file = path.join("config.json");
+        let text = std::fs::read(&file).map_err(|source| WeightError::Io {
+            path: file.clone(),
+            source,
+        })?;
+        let config = serde_json::from_slice(&text).map_err(|e| WeightError::Config {
+            origin: file.display().to_string(),
+            reason: format!("no DINOv2: {e}"),
+        })?;
+        Ok((config, WeightFiles::open(path.join("model.safetensors"))?))
+    }
+
     /// Side of the position table's grid.
     pub fn grid(&self) -> usize {
         self.img_size / self.patch_size.max(1)
+    }
+
+    /// Floating-point operations (two per multiply-add) of one forward pass over a picture of `grid` x
+    /// `grid` patches: all matrix products, in units of 10^9.
+    pub fn gflop(&self, grid: usize) -> f64 {
+        let (d, patches) = (self.embed_dim, grid * grid);
+        let tokens = 1 + self.num_register_tokens + patches;
+        let block = tokens * (4 + 2 * self.mlp_ratio) * d * d + 2 * tokens * tokens * d;
+        let products = patches * 3 * self.patch_size * self.patch_size * d + self.depth * block;
+        2.0 * products as f64 / 1e9
     }
 
     /// Whether a model of this shape can be built, and if not, why.
