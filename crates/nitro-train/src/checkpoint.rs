@@ -88,12 +88,10 @@ impl Checkpoint {
         metadata.extend(score.map(|score| ("nitro.score".to_owned(), score.to_string())));
         let bytes: usize = tensors.iter().map(|(_, _, values)| 4 * values.len()).sum();
         save_safetensors(path, &tensors, &metadata, DType::F32).map_err(|error| match error {
-            WeightError::Io { path, source } if source.kind() == ErrorKind::StorageFull => {
-                TrainError::DiskFull {
-                    path,
-                    megabytes: bytes as u64 / 1_000_000 + 1,
-                }
-            }
+            WeightError::Io { path, source } if is_full(source.kind()) => TrainError::DiskFull {
+                path,
+                megabytes: bytes as u64 / 1_000_000 + 1,
+            },
             other => other.into(),
         })
     }
@@ -156,6 +154,12 @@ impl Checkpoint {
             store: ParameterStore::from_entries(entries),
         })
     }
+}
+
+/// Whether a file could not be written for want of space.
+fn is_full(kind: ErrorKind) -> bool {
+    use ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(kind, StorageFull | QuotaExceeded | FileTooLarge)
 }
 
 /// Checkpoint files of `dir`, oldest first.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::TrainError;
+pub use crate::data_config::{DataConfig, MdsData};
 use crate::distill::DistillTask;
 use crate::grpo::GrpoTask;
 use crate::lora::LoraTask;
@@ -197,8 +198,10 @@ pub struct VisualEncoderTask {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RepaTask {
-    /// Folder of a DINOv2: `config.json` and `model.safetensors`.
-    pub encoder: PathBuf,
+    /// The DINOv2: a folder with `config.json` and `model.safetensors`, or a released checkpoint.
+    /// Shards with precomputed features need none.
+    #[serde(default)]
+    pub encoder: Option<PathBuf>,
     /// Weight of the alignment in the loss (the official `proj_coeff`).
     pub weight: f64,
 }
@@ -209,10 +212,13 @@ pub struct RepaTask {
 pub struct EmmditTask {
     /// The architecture.
     pub model: EmmditConfig,
-    /// Folder of cached latents written by `nitro train latents`.
-    pub latents: PathBuf,
-    /// Model folder with the frozen autoencoder (`dc-ae`) and text encoder (`text_encoder`).
-    pub frozen: PathBuf,
+    /// The training examples. Runs of older versions had `latents: FOLDER`.
+    #[serde(alias = "latents", deserialize_with = "crate::data_config::read")]
+    pub data: DataConfig,
+    /// Model folder or Hub repository with the frozen autoencoder (`dc-ae`) and text encoder
+    /// (`text_encoder`). Shards with precomputed text states need it for pictures and scores only.
+    #[serde(default)]
+    pub frozen: Option<PathBuf>,
     /// REPA; the model then has a projector of the encoder's width (`model.repa`).
     #[serde(default)]
     pub repa: Option<RepaTask>,
@@ -220,6 +226,10 @@ pub struct EmmditTask {
     /// for one block, for a third more arithmetic (the official `grad_checkpointing`).
     #[serde(default)]
     pub grad_checkpointing: bool,
+    /// Prompts of the sample pictures; prompts of the shapes world, or of shards the first captions, if
+    /// none are given.
+    #[serde(default)]
+    pub sample_prompts: Vec<String>,
     /// Prompts of the shapes bench that a score is measured on, one picture each.
     #[serde(default = "default_score_prompts")]
     pub score_prompts: usize,

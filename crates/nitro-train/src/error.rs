@@ -48,6 +48,9 @@ pub enum TrainError {
         /// What happened and what to do.
         reason: String,
     },
+    /// Shards could not be read, or no order follows from the numbers given.
+    #[error(transparent)]
+    Dataset(#[from] nitro_data::DataError),
     /// The policy is being lost; the last checkpoint is the one before.
     #[error("stopped at step {step}, the policy is collapsing: {reason}")]
     Collapsed {

@@ -9,18 +9,19 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, Int, Tensor};
 use nitro_data::shapes::captions;
 use nitro_models::layers::Linear;
 use nitro_models::llama::{Llama, LlamaConfig};
 use nitro_models::{Params, TensorMap};
+use nitro_pipeline::tokenizer::{TextTokenizer, token_tensors};
 use tokenizers::Tokenizer;
 
 use crate::TrainError;
 use crate::config::{CommonConfig, LanguageModelTask};
 use crate::data::example_seed;
 use crate::losses::cross_entropy;
-use crate::tokenizer::encode;
+use crate::tokenizer::padded;
 use crate::trainer::{Losses, Task};
 
 /// Positions each recall head looks back.
@@ -32,8 +33,7 @@ pub(crate) const RECALL: &str = "recall";
 pub struct LanguageModel<'a> {
     common: &'a CommonConfig,
     model: LlamaConfig,
-    tokenizer: &'a Tokenizer,
-    text_tokens: usize,
+    tokenizer: TextTokenizer,
 }
 
 impl<'a> LanguageModel<'a> {
@@ -41,15 +41,13 @@ impl<'a> LanguageModel<'a> {
     pub fn new(
         common: &'a CommonConfig,
         task: &'a LanguageModelTask,
-        tokenizer: &'a Tokenizer,
-    ) -> Self {
-        let model = shipped_config(&task.model, tokenizer);
-        Self {
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, TrainError> {
+        Ok(Self {
             common,
-            model,
-            tokenizer,
-            text_tokens: task.text_tokens,
-        }
+            model: shipped_config(&task.model, tokenizer),
+            tokenizer: padded(tokenizer, task.text_tokens)?,
+        })
     }
 
     /// The configuration to ship with trained weights.
@@ -76,26 +74,6 @@ pub fn shipped_config(config: &LlamaConfig, tokenizer: &Tokenizer) -> LlamaConfi
         vocab_size: tokenizer.get_vocab_size(true),
         ..config.clone()
     }
-}
-
-/// Token ids and masks of many captions, `[count, length]`.
-pub(crate) fn encode_all<S: AsRef<str>>(
-    tokenizer: &Tokenizer,
-    captions: &[S],
-    length: usize,
-    device: &Device,
-) -> Result<(Tensor<2, Int>, Tensor<2, Bool>), TrainError> {
-    let (mut ids, mut mask) = (Vec::new(), Vec::new());
-    for caption in captions {
-        let (more, real) = encode(tokenizer, caption.as_ref(), length)?;
-        ids.extend(more);
-        mask.extend(real);
-    }
-    let shape = [captions.len(), length];
-    Ok((
-        Tensor::from_data(TensorData::new(ids, shape), device),
-        Tensor::from_data(TensorData::new(mask, shape), device),
-    ))
 }
 
 /// Mean cross entropy of `logits [B, T, vocab]` at `targets [B, T]` where `counted [B, T]`.
@@ -127,10 +105,11 @@ impl Task for LanguageModel<'_> {
 
     fn loss(&self, p: &Params<'_>, batch: Vec<String>) -> Result<Losses, TrainError> {
         let model = Llama::new(&self.model, p)?;
-        let device = p.device();
-        let (ids, mask) = encode_all(self.tokenizer, &batch, self.text_tokens, device)?;
+        let tokens = batch.iter().map(|caption| self.tokenizer.encode(caption));
+        let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
+        let (ids, mask) = token_tensors(&tokens.iter().collect::<Vec<_>>(), p.device());
         let hidden = model.forward(ids.clone(), mask.clone())?;
-        let length = self.text_tokens;
+        let length = self.tokenizer.text_tokens();
         // Position t predicts token t + 1: the first padding token (the end of the text) included.
         let logits = model.logits(hidden.clone())?; // [B, T, vocab]
         let ahead = mask.clone().slice_dim(1, 0..length - 1);

@@ -10,10 +10,10 @@ use nitro_models::emmdit::EmmditConfig;
 
 use crate::TrainError;
 use crate::autoencoder::{Autoencoder, shipped_config};
-use crate::config::{CommonConfig, EmmditTask, RepaTask, RunConfig, TaskConfig};
+use crate::config::{CommonConfig, DataConfig, EmmditTask, RepaTask, RunConfig, TaskConfig};
 use crate::emmdit::EmmditTraining;
 use crate::export::save_shipped;
-use crate::files::write_json;
+use crate::files::{check_writable, write_json};
 use crate::language_model::LanguageModel;
 use crate::preference::Preference;
 use crate::store::ParameterStore;
@@ -42,6 +42,12 @@ pub fn run(
     export: &Path,
     options: &RunOptions,
 ) -> Result<(), TrainError> {
+    // What cannot go well is told before anything is loaded, computed or written.
+    config.check(options.comm.size())?;
+    if options.comm.rank() == 0 {
+        check_writable(dir)?;
+        check_writable(export)?;
+    }
     match &config.task {
         TaskConfig::Autoencoder(task) => {
             let training = Autoencoder::new(&config.run, task);
@@ -65,7 +71,7 @@ pub fn run(
             let out = export.join("text_encoder");
             let tokenizer =
                 crate::tokenizer::train(config.run.seed, task.tokenizer_captions, task.vocab_size)?;
-            let training = LanguageModel::new(&config.run, task, &tokenizer);
+            let training = LanguageModel::new(&config.run, task, &tokenizer)?;
             let store = train(&training, config, dir, options)?;
             if options.comm.rank() != 0 {
                 return Ok(());
@@ -200,13 +206,15 @@ fn placed(
         });
     };
     let mut task = EmmditTask {
-        latents: latents.to_owned(),
-        frozen: frozen.to_owned(),
+        data: DataConfig::Latents {
+            folder: latents.to_owned(),
+        },
+        frozen: Some(frozen.to_owned()),
         ..task.clone()
     };
     if let (Some(repa), Some(encoder)) = (&mut task.repa, encoder) {
         *repa = RepaTask {
-            encoder: encoder.to_owned(),
+            encoder: Some(encoder.to_owned()),
             ..repa.clone()
         };
     }

@@ -99,6 +99,13 @@ impl Log {
         self.bar.println(text);
     }
 
+    /// Tells what must not be missed, on a terminal or not.
+    pub(crate) fn warn(&self, text: String) {
+        if self.files.is_some() {
+            self.bar.suspend(|| eprintln!("warning: {text}"));
+        }
+    }
+
     pub(crate) fn position(&self, step: u64) {
         self.bar.set_position(step);
     }

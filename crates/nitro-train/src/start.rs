@@ -16,13 +16,19 @@ use crate::config::RunConfig;
 use crate::files::write_json;
 use crate::store::ParameterStore;
 
-/// Keys of a task that may change when a run is resumed.
-const NOT_ESSENTIAL: [&str; 5] = [
+/// Keys of a task that may change when a run is resumed. What data there are is told by the
+/// fingerprint, not by where they lie.
+const NOT_ESSENTIAL: [&str; 10] = [
     "full_size_steps",
     "eval",
     "collapse",
     "score_prompts",
+    "sample_prompts",
     "grad_checkpointing",
+    "data.datasets",
+    "data.skip_damaged",
+    "data.verify",
+    "data.num_workers",
 ];
 
 /// The newest checkpoint of `dir`, or a fresh start with the `initial` parameters. `data` tells what
@@ -113,7 +119,14 @@ fn check_resumable(
         let mut task = json!(config.task);
         // Parts of the schedule, like `max_steps`, what is watched, and how memory is spent.
         for key in NOT_ESSENTIAL {
-            task.as_object_mut().map(|task| task.remove(key));
+            let (parent, key) = key.rsplit_once('.').unwrap_or(("", key));
+            let parent = match parent {
+                "" => Some(&mut task),
+                parent => task.get_mut(parent),
+            };
+            if let Some(parent) = parent.and_then(|value| value.as_object_mut()) {
+                parent.remove(key);
+            }
         }
         json!({
             "task": task, "seed": run.seed, "init_from": run.init_from,

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use nitro_data::shapes::captions;
+use nitro_pipeline::tokenizer::TextTokenizer;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -68,35 +69,10 @@ pub fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<(), TrainError> {
     crate::files::write_json(&dir.join("special_tokens_map.json"), &map)
 }
 
-/// Reads `tokenizer.json` of `dir`.
-pub fn load(dir: &Path) -> Result<Tokenizer, TrainError> {
-    let path = dir.join("tokenizer.json");
-    Tokenizer::from_file(&path)
-        .map_err(|e| TrainError::Tokenizer(format!("{}: {e}", path.display())))
-}
-
-/// Token ids and mask of `caption`, cut or padded with the end token to `length`.
-pub fn encode(
-    tokenizer: &Tokenizer,
-    caption: &str,
-    length: usize,
-) -> Result<(Vec<i32>, Vec<bool>), TrainError> {
-    let encoding = tokenizer
-        .encode(caption, true)
-        .map_err(|e| TrainError::Tokenizer(e.to_string()))?;
-    let pad = tokenizer
-        .token_to_id(EOS)
-        .ok_or_else(|| TrainError::Tokenizer(format!("no {EOS} to pad with")))?;
-    let mut ids: Vec<i32> = encoding
-        .get_ids()
-        .iter()
-        .take(length)
-        .map(|id| *id as i32)
-        .collect();
-    let mut mask = vec![true; ids.len()];
-    ids.resize(length, pad as i32);
-    mask.resize(length, false);
-    Ok((ids, mask))
+/// The same tokenizer, giving `length` ids for every text, as a trained model's does.
+pub fn padded(tokenizer: &Tokenizer, length: usize) -> Result<TextTokenizer, TrainError> {
+    let origin = "the trained tokenizer".to_owned();
+    Ok(TextTokenizer::new(tokenizer.clone(), origin, EOS, length)?)
 }
 
 #[cfg(test)]
@@ -111,8 +87,12 @@ mod tests {
             assert_eq!(ids.get_tokens()[0], BOS);
             assert_eq!(tokenizer.decode(ids.get_ids(), true).unwrap(), caption);
         }
-        let (ids, mask) = encode(&tokenizer, "a red circle", 32).unwrap();
-        assert_eq!((ids.len(), mask.len()), (32, 32));
+        let tokens = padded(&tokenizer, 32)
+            .unwrap()
+            .encode("a red circle")
+            .unwrap();
+        let mask = tokens.mask();
+        assert_eq!((tokens.ids.len(), mask.len()), (32, 32));
         assert!(mask[0] && !mask[31]);
     }
 }

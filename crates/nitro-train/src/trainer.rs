@@ -1,6 +1,7 @@
 //! The loop that every run goes through: batch, loss, gradient, step; progress, samples, scores,
 //! checkpoints.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
+use nitro_data::mds::Damage;
 use nitro_models::{Params, TensorMap};
 use nitro_ops::Precision;
 
@@ -17,7 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::comm::{self, Comm, Single};
 use crate::config::RunConfig;
 use crate::optimizer::{NamedGradients, add_gradients, learning_rate, named_gradients, step};
-use crate::progress::{Log, Meter};
+use crate::progress::{Line, Log, Meter};
 use crate::start::{initial, start};
 use crate::store::ParameterStore;
 
@@ -80,6 +82,11 @@ pub trait Task: Sync {
     fn score(&self, averaged: &TensorMap) -> Result<Option<f64>, TrainError> {
         let _ = averaged;
         Ok(None)
+    }
+
+    /// Damaged data that was passed over so far.
+    fn damage(&self) -> Vec<Damage> {
+        Vec::new()
     }
 
     /// What data and frozen models the run has, as a text that is another one for others.
@@ -175,6 +182,7 @@ pub fn train<T: Task>(
             log: &mut log,
             batches,
             meter: Meter::new(),
+            told: BTreeSet::new(),
         };
         let whole = run.go();
         run.log.finish(whole.is_ok());
@@ -193,6 +201,8 @@ struct Run<'a, T: Task> {
     log: &'a mut Log,
     batches: Receiver<Result<T::Batch, TrainError>>,
     meter: Meter,
+    /// Damaged shards that were named.
+    told: BTreeSet<PathBuf>,
 }
 
 impl<T: Task> Run<'_, T> {
@@ -219,7 +229,8 @@ impl<T: Task> Run<'_, T> {
             if every(common.log_every, step) {
                 let lr = self.rate(step.saturating_sub(1));
                 let skipped = step - self.state.updates;
-                let line = self.meter.take(step, lr, common.batch_size, skipped);
+                let mut line = self.meter.take(step, lr, common.batch_size, skipped);
+                self.tell_damage(&mut line);
                 self.log.write(&line)?;
             }
             if every(common.save_every, step) || stop {
@@ -234,6 +245,23 @@ impl<T: Task> Run<'_, T> {
             }
         }
         Ok(())
+    }
+
+    /// Counts damaged samples in the log's line, and names each damaged shard once.
+    fn tell_damage(&mut self, line: &mut Line) {
+        let damage = self.task.damage();
+        if damage.is_empty() {
+            return;
+        }
+        line["damaged_samples"] = damage.iter().map(|d| d.samples).sum::<usize>().into();
+        for Damage { shard, reason, .. } in damage {
+            if self.told.insert(shard.clone()) {
+                let shard = shard.display();
+                self.log.warn(format!(
+                    "damaged shard {shard}: {reason}; other samples take the place of its own"
+                ));
+            }
+        }
     }
 
     fn rate(&self, step: u64) -> f64 {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use nitro_models::WeightFiles;
 use nitro_train::TrainError;
 use nitro_train::checkpoint::Checkpoint;
-use nitro_train::config::{RunConfig, TaskConfig};
+use nitro_train::config::{DataConfig, RunConfig, TaskConfig};
 use nitro_train::miniature::{self, LatentsPlan};
 use nitro_train::trainer::RunOptions;
 
@@ -174,10 +174,12 @@ fn the_whole_recipe_runs() {
 
     let place = |config: &mut RunConfig| {
         if let TaskConfig::Emmdit(task) = &mut config.task {
-            task.latents = latents.clone();
-            task.frozen = out.clone();
+            task.data = DataConfig::Latents {
+                folder: latents.clone(),
+            };
+            task.frozen = Some(out.clone());
             if let Some(repa) = &mut task.repa {
-                repa.encoder = runs.join("visual_encoder");
+                repa.encoder = Some(runs.join("visual_encoder"));
             }
         }
     };
@@ -202,8 +204,8 @@ fn the_whole_recipe_runs() {
 
     // Other data under the same run is refused.
     let mut other = stage1.clone();
-    if let TaskConfig::Emmdit(task) = &mut other.task {
-        let text = task.frozen.join("text_encoder/tokenizer.json");
+    {
+        let text = out.join("text_encoder/tokenizer.json");
         let frozen = folder.path().join("other");
         copy_folder(&out, &frozen);
         let tokenizer = std::fs::read_to_string(text).unwrap() + " ";

@@ -139,6 +139,7 @@ fn features_are_those_of_the_model_in_the_official_columns() {
     let parts = nitro::EncoderParts {
         texts: true,
         pictures: true,
+        ..Default::default()
     };
     let encoders = nitro::Encoders::load(
         nitro::MINIATURE.into(),

@@ -34,15 +34,14 @@ pub(super) fn report(error: &anyhow::Error) -> ExitCode {
         match cause.downcast_ref::<TrainError>() {
             Some(TrainError::Interrupted { .. }) => return Some(INTERRUPTED),
             Some(TrainError::Config { .. } | TrainError::Resume { .. }) => return Some(BAD_INPUT),
+            Some(TrainError::Dataset(error)) => return data_code(error),
             _ => {}
         }
         if let Some(BenchError::Cancelled) = cause.downcast_ref() {
             return Some(INTERRUPTED);
         }
-        match cause.downcast_ref::<DataError>() {
-            Some(DataError::Stopped) => return Some(INTERRUPTED),
-            Some(DataError::Io { .. } | DataError::Damaged { .. }) | None => {}
-            Some(_) => return Some(BAD_INPUT),
+        if let Some(code) = cause.downcast_ref::<DataError>().and_then(data_code) {
+            return Some(code);
         }
         match cause.downcast_ref::<PipelineError>()? {
             PipelineError::Cancelled { .. } => Some(INTERRUPTED),
@@ -53,6 +52,14 @@ pub(super) fn report(error: &anyhow::Error) -> ExitCode {
     // Where standard error is closed there is nobody to tell; the code still says it.
     let _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
     ExitCode::from(code.unwrap_or(FAILED))
+}
+
+fn data_code(error: &DataError) -> Option<u8> {
+    match error {
+        DataError::Stopped => Some(INTERRUPTED),
+        DataError::Io { .. } | DataError::Damaged { .. } => None,
+        _ => Some(BAD_INPUT),
+    }
 }
 
 /// Prints a line on standard output; a reader that went away is no failure.

@@ -7,6 +7,7 @@ use nitro_models::DType;
 use nitro_train::config::RunConfig;
 use nitro_train::export::{Which, export_official};
 use nitro_train::miniature::{self, LatentsPlan, Miniature};
+use nitro_train::plan::plan;
 use nitro_train::trainer::RunOptions;
 
 use super::failure::say;
@@ -42,11 +43,15 @@ pub(super) struct RunArgs {
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// Folder for checkpoints, samples and metrics.jsonl
-    #[arg(long, value_name = "DIR")]
-    dir: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
+    dir: Option<PathBuf>,
     /// Model folder that the trained part is written into at the end
-    #[arg(long, value_name = "DIR")]
-    export: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
+    export: Option<PathBuf>,
+    /// Check configuration and data against each other, print what the run would be, and stop;
+    /// writes nothing and loads no frozen model but REPA's
+    #[arg(long)]
+    dry_run: bool,
     #[command(flatten)]
     common: CommonArgs,
 }
@@ -156,12 +161,19 @@ pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
     let work = || match command {
         TrainCommand::Run(args) => {
             let config = RunConfig::load(&args.config, &args.overrides)?;
-            Ok(miniature::run(
-                &config,
-                &args.dir,
-                &args.export,
-                &args.common.options(),
-            )?)
+            match (&args.dir, &args.export) {
+                (Some(dir), Some(export)) if !args.dry_run => Ok(miniature::run(
+                    &config,
+                    dir,
+                    export,
+                    &args.common.options(),
+                )?),
+                _ => {
+                    let plan = plan(&config, args.common.options().comm.size())?;
+                    say(serde_json::to_string_pretty(&plan)?);
+                    Ok(())
+                }
+            }
         }
         TrainCommand::Latents(args) => {
             let precision = nitro_ops::Precision::Bf16;

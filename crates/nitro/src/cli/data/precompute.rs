@@ -1,16 +1,18 @@
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Args;
 use nitro::{EncoderParts, Encoders};
-use nitro_data::image::{IMAGENET_MEAN, IMAGENET_STD, dino_picture, to_planes, vae_picture};
+use nitro_data::image::{
+    DINO_BASE, IMAGENET_MEAN, IMAGENET_STD, dino_picture, to_planes, vae_picture,
+};
 use nitro_data::ingest::{CAPTION, JPG};
 use nitro_data::job::{Job, Tally};
 use nitro_data::mds::{Dataset, DatasetOptions, OnDamage, Schema, Value, Verify};
+use nitro_models::Params;
 use nitro_models::dinov2::{Dinov2, Dinov2Config};
-use nitro_models::{Params, WeightFiles};
+use nitro_train::null_text;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -89,9 +91,6 @@ struct Input {
     dino: Vec<f32>,
 }
 
-/// Resolution to which the official pipeline brings pictures before it makes those for DINOv2.
-const DINO_BASE: u32 = 512;
-
 /// Runs the command.
 pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
     if !(args.latents || args.text || args.dino.is_some()) {
@@ -138,6 +137,7 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
     )?;
     let folder = share.folder(&args.output.out)?;
     let about = args.describe(&dataset);
+    features.write_null_text(args)?;
     let mut job = Job::open(&folder, schema, args.output.writer(), about, start)?;
     let mut place = job.progress().clone();
     let (before, begun) = (place.tally.clone(), Instant::now());
@@ -277,6 +277,7 @@ impl Features {
         let parts = EncoderParts {
             texts: args.text,
             pictures: args.latents,
+            ..EncoderParts::default()
         };
         let encoders = match parts.texts || parts.pictures {
             false => None,
@@ -296,7 +297,7 @@ impl Features {
         let dino = match &args.dino {
             None => None,
             Some(path) => {
-                let (config, weights) = open_dino(path)?;
+                let (config, weights) = Dinov2Config::open(path)?;
                 let params = Params::new(&weights, &Device::flex(), precision);
                 let model = Dinov2::new(&config, &params)?;
                 Some(match config.grid() == args.dino_grid {
@@ -310,6 +311,15 @@ impl Features {
             dino,
             dino_grid: args.dino_grid,
         })
+    }
+
+    /// The states of the empty prompt, which training puts in the place of captions it drops.
+    fn write_null_text(&self, args: &PrecomputeArgs) -> anyhow::Result<()> {
+        if let (true, Some(encoders)) = (args.text, &self.encoders) {
+            let states = encoders.encode_texts(&[""], !args.raw_captions)?.features;
+            null_text::write(&args.output.out, states)?;
+        }
+        Ok(())
     }
 
     /// Side of the pictures that DINOv2 sees.
@@ -368,19 +378,6 @@ impl Features {
         }
         Ok(rows)
     }
-}
-
-/// A released checkpoint, whose tensors tell its shape, or a folder that says it.
-fn open_dino(path: &Path) -> anyhow::Result<(Dinov2Config, WeightFiles)> {
-    if !path.is_dir() {
-        let weights = WeightFiles::open(path)?;
-        return Ok((Dinov2Config::from_weights(&weights)?, weights));
-    }
-    let config = path.join("config.json");
-    let text = std::fs::read(&config).with_context(|| config.display().to_string())?;
-    let config = serde_json::from_slice(&text)
-        .map_err(|e| bad_input(format!("{}: no DINOv2: {e}", config.display())))?;
-    Ok((config, WeightFiles::open(path.join("model.safetensors"))?))
 }
 
 fn add(rows: &mut [Row], column: &str, values: Vec<Value>) {
