@@ -4,6 +4,7 @@
 //! formula, so nothing is downloaded. A [`Suite`] says which models those are (smaller ones in
 //! tests), a [`Stage`] what of them is run.
 
+mod loading;
 mod machine;
 mod measure;
 mod models;
@@ -26,6 +27,7 @@ pub use report::{LoadReport, OpReport, Report, StageReport, TableRow, Throughput
 pub use stage::{Stage, UnknownStage};
 pub use suite::{Suite, TrainingStep};
 
+use loading::Shards;
 use measure::measure;
 use models::Models;
 use training::TrainingRun;
@@ -107,6 +109,12 @@ pub enum BenchError {
     /// A model refused its input.
     #[error(transparent)]
     Input(#[from] InputError),
+    /// A picture could not be encoded or decoded.
+    #[error("the picture that is prepared: {0}")]
+    Picture(String),
+    /// Shards could not be written.
+    #[error("the shards that are read: {0}")]
+    Shards(#[from] nitro_data::DataError),
     /// Sampling failed.
     #[error("sampling failed: {0}")]
     Sampling(String),
@@ -157,11 +165,16 @@ fn run_stage(
 ) -> Result<StageReport, BenchError> {
     let (suite, precision) = (models.suite(), models.precision());
     models.prepare(stage, observer)?;
-    let mut training;
+    let (mut training, shards, mut reader);
     let mut work: Box<dyn FnMut() -> Result<(), BenchError> + '_> = match stage {
         Stage::TrainStep => {
             training = TrainingRun::new(&suite.training, precision)?;
             Box::new(|| training.step())
+        }
+        Stage::Load => {
+            shards = Shards::write(suite)?;
+            reader = shards.reader()?;
+            Box::new(|| reader.next())
         }
         _ => models.work(stage)?,
     };

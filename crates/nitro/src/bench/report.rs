@@ -47,7 +47,8 @@ pub struct StageReport {
     pub max_ms: f64,
     /// Timed runs.
     pub runs: usize,
-    /// Floating-point operations of one run, in 10^9, counted from the configuration.
+    /// Floating-point operations of one run, in 10^9, counted from the configuration; 0 where nothing
+    /// is multiplied.
     pub gflop: f64,
     /// 10^9 of them per second.
     pub gflops: f64,
@@ -86,7 +87,10 @@ impl StageReport {
             runs: timing.runs(),
             gflop,
             gflops,
-            percent_of_peak: peaks.of(precision).map(|peak| 100.0 * gflops / peak),
+            percent_of_peak: peaks
+                .of(precision)
+                .filter(|_| gflop > 0.0)
+                .map(|peak| 100.0 * gflops / peak),
             images_per_second: stage.pictures(suite).map(|n| n as f64 / seconds),
             peak_memory_mib,
             per_op,

@@ -30,6 +30,12 @@ pub enum Stage {
         /// Denoising steps: 4 as the distilled model takes them, without guidance, or 20 with.
         steps: usize,
     },
+    /// Preparing one picture for training: JPEG and caption to latents, text states and DINOv2 features,
+    /// as `nitro data precompute` does.
+    Precompute,
+    /// Reading pictures so prepared from shards and mixing them with noise, as training's data thread
+    /// does.
+    Load,
     /// One optimiser step of the miniature E-MMDiT: forward, backward, clipping, AdamW, average.
     TrainStep,
 }
@@ -46,22 +52,27 @@ fn names() -> String {
     format!("{} (and other batches: emmdit_512_b4)", names.join(", "))
 }
 
+/// Pictures that one run of [`Stage::Load`] reads.
+pub(super) const LOADED: usize = 32;
+
 /// The largest batch that a name may ask for.
 const MAX_BATCH: usize = 64;
 
 impl Stage {
     /// The stages that are run when none are named. Stages of one model stand together, because a
     /// model is kept only while the next stage needs it.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::emmdit(false, 1),
         Self::emmdit(false, 2),
         Self::emmdit(false, 8),
         Self::emmdit(true, 1),
         Self::DcaeDecode,
         Self::DcaeEncode,
+        Self::Precompute,
         Self::Llama,
         Self::Prompt { steps: 4 },
         Self::Prompt { steps: 20 },
+        Self::Load,
         Self::TrainStep,
     ];
 
@@ -78,7 +89,8 @@ impl Stage {
     pub(super) fn pictures(self, suite: &Suite) -> Option<usize> {
         match self {
             Self::Emmdit { .. } | Self::Llama => None,
-            Self::DcaeDecode | Self::DcaeEncode | Self::Prompt { .. } => Some(1),
+            Self::DcaeDecode | Self::DcaeEncode | Self::Precompute | Self::Prompt { .. } => Some(1),
+            Self::Load => Some(LOADED),
             Self::TrainStep => Some(suite.training.batch),
         }
     }
@@ -90,9 +102,10 @@ impl Stage {
             Self::Emmdit { large: true, .. } => &[Part::LargeEmmdit],
             Self::DcaeDecode => &[Part::Decoder],
             Self::DcaeEncode => &[Part::Encoder],
+            Self::Precompute => &[Part::Encoder, Part::Llama, Part::Dino],
             Self::Llama => &[Part::Llama],
             Self::Prompt { .. } => &[Part::Llama, Part::Emmdit, Part::Decoder],
-            Self::TrainStep => &[],
+            Self::Load | Self::TrainStep => &[],
         }
     }
 
@@ -111,6 +124,12 @@ impl Stage {
             Self::DcaeDecode => suite.dcae.decoder_gflop(suite.pixels())?,
             Self::DcaeEncode => suite.dcae.encoder_gflop(suite.pixels())?,
             Self::Llama => suite.llama.gflop(text),
+            Self::Precompute => {
+                suite.dcae.encoder_gflop(suite.pixels())?
+                    + suite.llama.gflop(text)
+                    + suite.dino.gflop(suite.emmdit.sample_size)
+            }
+            Self::Load => 0.0,
             Self::Prompt { steps } => {
                 let rows = if Self::is_guided(steps) { 2.0 } else { 1.0 };
                 rows * (suite.llama.gflop(text) + steps as f64 * suite.emmdit.gflop(text))
@@ -132,6 +151,8 @@ impl fmt::Display for Stage {
             }
             Self::DcaeDecode => f.write_str("dcae_decode_512"),
             Self::DcaeEncode => f.write_str("dcae_encode_512"),
+            Self::Precompute => f.write_str("precompute_512"),
+            Self::Load => f.write_str("load_512"),
             Self::Llama => f.write_str("llama_128"),
             Self::Prompt { steps } => write!(f, "prompt_to_512_{steps}steps"),
             Self::TrainStep => f.write_str("train_step_mini"),
@@ -194,6 +215,7 @@ mod tests {
             ("dcae_decode_512", 2092.0),
             ("dcae_encode_512", 1295.0),
             ("llama_128", 250.0),
+            ("precompute_512", 1295.0 + 250.0 + 46.0),
             ("prompt_to_512_4steps", 250.0 + 4.0 * 80.4 + 2092.0),
             (
                 "prompt_to_512_20steps",

@@ -1,6 +1,7 @@
 //! Which models are measured.
 
 use nitro_models::dcae::DcaeConfig;
+use nitro_models::dinov2::Dinov2Config;
 use nitro_models::emmdit::EmmditConfig;
 use nitro_models::llama::LlamaConfig;
 use nitro_train::TrainError;
@@ -19,6 +20,8 @@ pub struct Suite {
     pub large_emmdit: EmmditConfig,
     /// The autoencoder.
     pub dcae: DcaeConfig,
+    /// REPA's encoder, one patch for each token of `emmdit`.
+    pub dino: Dinov2Config,
     /// What is trained.
     pub training: TrainingStep,
 }
@@ -61,6 +64,7 @@ impl Suite {
             emmdit: EmmditConfig::nitro_e_512(),
             large_emmdit: EmmditConfig::nitro_e_1024(),
             dcae: DcaeConfig::sana_f32c32(),
+            dino: Dinov2Config::vit_b14(),
             training: TrainingStep {
                 model: task.model,
                 text_tokens: task.text_tokens,
