@@ -11,7 +11,8 @@ use crate::PipelineError;
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
 use crate::load::{autoencoder_config, autoencoder_weights, load_text_encoder, text_encoder_files};
-use crate::pipeline::{DECODE_PIXELS, TextFeatures, decode, misfit, text_features, tokenise};
+use crate::pipeline::{DECODE_PIXELS, decode, misfit, text_features, tokenise};
+use crate::text::TextFeatures;
 use crate::tokenizer::{TextTokenizer, Tokens};
 
 /// Which parts are loaded.

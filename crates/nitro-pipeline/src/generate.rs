@@ -9,7 +9,6 @@ use crate::PipelineError;
 use crate::pipeline::Pipeline;
 use crate::request::{Generated, Output, Request, Stage, Timings};
 use crate::sample::{Sample, timed};
-use crate::text::TextCache;
 
 /// What an observer of a generation hears; it answers whether to go on.
 #[derive(Debug)]
@@ -66,10 +65,7 @@ impl Pipeline {
         let mut timings = Timings::default();
 
         progress.tell(Event::Stage(Stage::Text))?;
-        let mut cache = TextCache::new(0);
-        let text = timed(&mut timings.text, || {
-            self.conditions(request, &plan, &mut cache)
-        })?;
+        let text = timed(&mut timings.text, || self.conditions(request, &plan))?;
         progress.tell(Event::Stage(Stage::Encode))?;
         let mut samples = timed(&mut timings.encode, || self.samples(request, &plan, &text))?;
         progress.tell(Event::Stage(Stage::Denoise))?;

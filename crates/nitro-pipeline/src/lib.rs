@@ -32,10 +32,11 @@ pub use generate::{Event, StepEvent};
 pub use hub::{DownloadProgress, Hub, HubError, HubOptions};
 pub use info::{ModelInfo, PartInfo, VariantInfo};
 pub use load::{CONFIG_KEY, PipelineBuilder};
-pub use pipeline::{Pipeline, TextFeatures};
+pub use pipeline::Pipeline;
 pub use pixels::to_pictures;
+pub use prompt_cache::PromptCache;
 pub use request::{
     CudaDevice, Generated, InitImage, NoiseKind, Output, Request, Seeds, Stage, Timings, Truncation,
 };
 pub use sample::{Plan, Prepared, Sample};
-pub use text::{EncodedText, TextCache};
+pub use text::{EncodedText, TextFeatures};

@@ -17,7 +17,7 @@ use crate::card::{ModelCard, Variant};
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
 use crate::pipeline::{Pipeline, Sources};
-use crate::prompt_cache::PromptCache;
+use crate::prompt_cache::{self, PromptCache};
 use crate::tokenizer::TextTokenizer;
 
 /// Metadata key under which our own transformer files carry their [`EmmditConfig`] as JSON.
@@ -33,6 +33,7 @@ pub struct PipelineBuilder {
     loras: Vec<(PathBuf, f64)>,
     hub: HubOptions,
     tile: Option<usize>,
+    prompt_cache: usize,
     on_part: Box<dyn Fn(&str)>,
 }
 
@@ -57,6 +58,7 @@ impl PipelineBuilder {
             loras: Vec::new(),
             hub: HubOptions::from_env(),
             tile: None,
+            prompt_cache: prompt_cache::MEMORY,
             on_part: Box::new(|_| {}),
         }
     }
@@ -101,6 +103,13 @@ impl PipelineBuilder {
     /// fastest. Fewer take less memory; the picture is the same to the last bit.
     pub fn tile(mut self, rows: usize) -> Self {
         self.tile = Some(rows);
+        self
+    }
+
+    /// Most bytes of text features that stay in memory, so that a text that comes again is not encoded
+    /// again; 64 MiB by default, 0 for none.
+    pub fn prompt_cache(mut self, bytes: usize) -> Self {
+        self.prompt_cache = bytes;
         self
     }
 
@@ -170,7 +179,7 @@ impl PipelineBuilder {
         for transformer in &transformers {
             check_fit(card, transformer.config(), &text_config, &autoencoder)?;
         }
-        let prompt_cache = Arc::new(PromptCache::new(&text_file, precision));
+        let prompt_cache = Arc::new(PromptCache::new(&text_file, precision, self.prompt_cache));
         let text_encoder = Arc::new(OnceLock::new());
         // A large encoder may not be needed at all: its features of a text are kept on disk.
         if !prompt_cache.is_on_disk() {

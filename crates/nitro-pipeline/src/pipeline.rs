@@ -55,17 +55,6 @@ pub(crate) struct Sources {
     pub(crate) adapters: Vec<(ModelFile, f64)>,
 }
 
-/// Token ids and features of a list of texts.
-#[derive(Clone, Debug)]
-pub struct TextFeatures {
-    /// The texts as they were tokenised.
-    pub texts: Vec<String>,
-    /// Their tokens.
-    pub tokens: Vec<Tokens>,
-    /// Features `[texts, text_tokens, channels]`.
-    pub features: Tensor<3>,
-}
-
 impl Pipeline {
     /// Loads the default variant of the model at `location`: a folder, `org/name` on the Hub, or an
     /// embedded model. [`Pipeline::builder`] has more choices.
@@ -132,59 +121,7 @@ impl Pipeline {
         &self.autoencoder
     }
 
-    /// Cleans (if asked to), tokenises and encodes texts, all of one length.
-    pub fn encode_texts(
-        &self,
-        texts: &[&str],
-        clean_captions: bool,
-    ) -> Result<TextFeatures, PipelineError> {
-        let (texts, tokens) = tokenise(&self.tokenizer, texts, clean_captions)?;
-        let features = self.features(&tokens)?;
-        Ok(TextFeatures {
-            texts,
-            tokens,
-            features,
-        })
-    }
-
-    /// The features of texts of one length, `[texts, length, channels]`: each computed once.
-    fn features(&self, tokens: &[Tokens]) -> Result<Tensor<3>, PipelineError> {
-        let mut known: Vec<Option<Arc<[f32]>>> =
-            tokens.iter().map(|t| self.prompt_cache.get(t)).collect();
-        let mut new: Vec<usize> = Vec::new();
-        for (i, t) in tokens.iter().enumerate() {
-            if known[i].is_none() && !new.iter().any(|&j| tokens[j] == *t) {
-                new.push(i);
-            }
-        }
-        let length = tokens.first().map_or(0, |t| t.ids.len());
-        if !new.is_empty() {
-            let of_new: Vec<&Tokens> = new.iter().map(|&i| &tokens[i]).collect();
-            let file = &self.sources.text_encoder;
-            let computed = text_features(self.text_encoder()?, file, &of_new, &self.device)?;
-            let computed = computed.as_slice::<f32>().unwrap_or_default();
-            let each = computed.len() / new.len();
-            for (values, &i) in computed.chunks_exact(each.max(1)).zip(&new) {
-                let features: Arc<[f32]> = values.into();
-                self.prompt_cache.insert(&tokens[i], features.clone());
-                for (known, t) in known.iter_mut().zip(tokens) {
-                    if *t == tokens[i] {
-                        *known = Some(features.clone());
-                    }
-                }
-            }
-        }
-        let all: Vec<f32> = known
-            .iter()
-            .flatten()
-            .flat_map(|f| f.iter().copied())
-            .collect();
-        let channels = self.text_config.hidden_size;
-        let data = TensorData::new(all, [tokens.len(), length, channels]);
-        Ok(Tensor::from_data(data, &self.device))
-    }
-
-    fn text_encoder(&self) -> Result<&Llama, PipelineError> {
+    pub(crate) fn text_encoder(&self) -> Result<&Llama, PipelineError> {
         match self.text_encoder.get() {
             Some(encoder) => Ok(encoder),
             None => {

@@ -1,4 +1,5 @@
-//! Text features that were computed before, in memory and on disk.
+//! Text features that were computed before, in memory and on disk: the one cache of the command line,
+//! the library and the server, shared by all variants of a loaded model.
 //!
 //! A text encoder is a billion parameters, and half of all guided pictures ask it for the features of
 //! the empty prompt. Features depend on the tokens, on the encoder's weights and on how products are
@@ -8,7 +9,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nitro_files::write_bytes;
@@ -18,8 +19,9 @@ use sha2::{Digest, Sha256};
 use crate::files::ModelFile;
 use crate::tokenizer::Tokens;
 
-/// Bytes of features kept in memory.
-const MEMORY: usize = 64 << 20;
+/// Bytes of features kept in memory unless a builder says otherwise: about 60 prompts of the full-size
+/// model.
+pub(crate) const MEMORY: usize = 64 << 20;
 /// Bytes of features kept on disk: a few hundred prompts of the full-size model.
 const DISK: u64 = 256 << 20;
 /// Encoders of smaller files are computed faster than a file is read.
@@ -34,7 +36,7 @@ type Key = [u8; DIGEST];
 /// Features by what they were computed from. Whatever goes wrong with the folder, features are
 /// computed as if there were none.
 #[derive(Debug)]
-pub(crate) struct PromptCache {
+pub struct PromptCache {
     /// Identifies encoder and arithmetic.
     encoder: Key,
     folder: Option<PathBuf>,
@@ -44,21 +46,30 @@ pub(crate) struct PromptCache {
 #[derive(Debug, Default)]
 struct Memory {
     features: HashMap<Key, (Arc<[f32]>, u64)>,
+    /// Most bytes of features, and how many there are.
+    limit: usize,
     bytes: usize,
     clock: u64,
+    hits: u64,
+    misses: u64,
 }
 
 impl PromptCache {
-    /// For the encoder whose weights are `weights`.
-    pub(crate) fn new(weights: &ModelFile, precision: Precision) -> Self {
+    /// For the encoder whose weights are `weights`; at most `limit` bytes of features stay in memory.
+    pub(crate) fn new(weights: &ModelFile, precision: Precision, limit: usize) -> Self {
         let folder = match weights {
             ModelFile::Disk(path) if size(path) >= WORTH_A_FILE => default_folder(),
             _ => None,
         };
-        Self::in_folder(weights, precision, folder)
+        Self::in_folder(weights, precision, limit, folder)
     }
 
-    fn in_folder(weights: &ModelFile, precision: Precision, folder: Option<PathBuf>) -> Self {
+    fn in_folder(
+        weights: &ModelFile,
+        precision: Precision,
+        limit: usize,
+        folder: Option<PathBuf>,
+    ) -> Self {
         let mut sha256 = Sha256::new();
         sha256.update(MAGIC);
         sha256.update(format!("{precision:?} {} ", Isa::current().name()));
@@ -78,8 +89,23 @@ impl PromptCache {
         Self {
             encoder: sha256.finalize().into(),
             folder,
-            memory: Mutex::default(),
+            memory: Mutex::new(Memory::new(limit)),
         }
+    }
+
+    /// How often the features of a text were known, in memory or on disk.
+    pub fn hits(&self) -> u64 {
+        self.memory().hits
+    }
+
+    /// How often they had to be computed.
+    pub fn misses(&self) -> u64 {
+        self.memory().misses
+    }
+
+    /// Bytes of features in memory.
+    pub fn bytes(&self) -> usize {
+        self.memory().bytes
     }
 
     /// Whether features are kept on disk as well.
@@ -102,7 +128,7 @@ impl PromptCache {
     pub(crate) fn get(&self, tokens: &Tokens) -> Option<Arc<[f32]>> {
         let key = self.key(tokens);
         let known = self.memory().get(&key);
-        known.or_else(|| {
+        let known = known.or_else(|| {
             let path = self.path(&key)?;
             let features: Arc<[f32]> = read(&path)?.into();
             // The oldest files go first: this one is young again.
@@ -110,7 +136,13 @@ impl PromptCache {
             let _ = touched.and_then(|file| file.set_modified(SystemTime::now()));
             self.memory().insert(key, features.clone());
             Some(features)
-        })
+        });
+        let mut memory = self.memory();
+        match known {
+            Some(_) => memory.hits += 1,
+            None => memory.misses += 1,
+        }
+        known
     }
 
     /// Keeps the features of `tokens`.
@@ -128,11 +160,18 @@ impl PromptCache {
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
-        self.memory.lock().unwrap_or_else(|e| e.into_inner())
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Memory {
+    fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            ..Self::default()
+        }
+    }
+
     fn get(&mut self, key: &Key) -> Option<Arc<[f32]>> {
         self.clock += 1;
         let (features, used) = self.features.get_mut(key)?;
@@ -141,12 +180,15 @@ impl Memory {
     }
 
     fn insert(&mut self, key: Key, features: Arc<[f32]>) {
+        if size_of_val(&*features) > self.limit {
+            return;
+        }
         self.clock += 1;
         self.bytes += size_of_val(&*features);
         if let Some((old, _)) = self.features.insert(key, (features, self.clock)) {
             self.bytes -= size_of_val(&*old);
         }
-        while self.bytes > MEMORY && self.features.len() > 1 {
+        while self.bytes > self.limit {
             let oldest = self.features.iter().min_by_key(|(_, (_, used))| *used);
             let Some(oldest) = oldest.map(|(key, _)| *key) else {
                 return;
@@ -239,20 +281,21 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let file = weights(place.path(), b"weights");
         let folder = Some(place.path().join("cache"));
-        let cache = PromptCache::in_folder(&file, Precision::Bf16, folder.clone());
+        let cache = PromptCache::in_folder(&file, Precision::Bf16, MEMORY, folder.clone());
         let (ids, features) = (tokens(&[1, 2, 3]), vec![0.5, -1.0, f32::MIN_POSITIVE]);
         assert!(cache.get(&ids).is_none());
         cache.insert(&ids, features.clone().into());
         assert_eq!(*cache.get(&ids).unwrap(), features[..]);
-        let next = PromptCache::in_folder(&file, Precision::Bf16, folder.clone());
+        assert_eq!((cache.hits(), cache.misses(), cache.bytes()), (1, 1, 12));
+        let next = PromptCache::in_folder(&file, Precision::Bf16, MEMORY, folder.clone());
         assert_eq!(*next.get(&ids).unwrap(), features[..]);
         assert!(next.get(&tokens(&[1, 2, 4])).is_none());
 
         // Another arithmetic or other weights give other features.
-        let other = PromptCache::in_folder(&file, Precision::F32, folder.clone());
+        let other = PromptCache::in_folder(&file, Precision::F32, MEMORY, folder.clone());
         assert!(other.get(&ids).is_none());
         let file = weights(place.path(), b"other weights");
-        let other = PromptCache::in_folder(&file, Precision::Bf16, folder);
+        let other = PromptCache::in_folder(&file, Precision::Bf16, MEMORY, folder);
         assert!(other.get(&ids).is_none());
     }
 
@@ -262,7 +305,7 @@ mod tests {
         let file = weights(place.path(), b"weights");
         let folder = place.path().join("cache");
         let ids = tokens(&[7]);
-        let cache = || PromptCache::in_folder(&file, Precision::F32, Some(folder.clone()));
+        let cache = || PromptCache::in_folder(&file, Precision::F32, MEMORY, Some(folder.clone()));
         cache().insert(&ids, vec![1.0; 8].into());
         let path = fs::read_dir(&folder)
             .unwrap()
@@ -277,21 +320,30 @@ mod tests {
         fs::write(&path, &bytes[..20]).unwrap();
         assert!(cache().get(&ids).is_none());
 
-        let blocked =
-            PromptCache::in_folder(&file, Precision::F32, Some(path.join("below a file")));
+        let below = Some(path.join("below a file"));
+        let blocked = PromptCache::in_folder(&file, Precision::F32, MEMORY, below);
         blocked.insert(&ids, vec![2.0].into());
         assert_eq!(*blocked.get(&ids).unwrap(), [2.0]);
     }
 
     #[test]
     fn memory_is_bounded_and_forgets_what_was_not_used_for_longest() {
-        let mut memory = Memory::default();
-        let half: Arc<[f32]> = vec![0.0; MEMORY / 8].into();
-        memory.insert([1; DIGEST], half.clone());
-        memory.insert([2; DIGEST], half.clone());
-        assert!(memory.get(&[1; DIGEST]).is_some());
-        memory.insert([3; DIGEST], half);
-        assert!(memory.get(&[2; DIGEST]).is_none());
-        assert!(memory.get(&[1; DIGEST]).is_some() && memory.get(&[3; DIGEST]).is_some());
+        let key = |n: u8| [n; DIGEST];
+        let features = |count: usize| -> Arc<[f32]> { vec![0.0; count].into() };
+        let mut memory = Memory::new(800);
+        memory.insert(key(1), features(100));
+        memory.insert(key(2), features(100));
+        assert!(memory.get(&key(1)).is_some());
+        memory.insert(key(3), features(100));
+        assert!(memory.get(&key(2)).is_none());
+        assert!(memory.get(&key(1)).is_some() && memory.get(&key(3)).is_some());
+        memory.insert(key(3), features(50));
+        assert_eq!(memory.bytes, 600);
+        // What does not fit at all is not kept; nothing is where nothing may be.
+        memory.insert(key(4), features(201));
+        assert!(memory.get(&key(4)).is_none() && memory.get(&key(1)).is_some());
+        let mut none = Memory::new(0);
+        none.insert(key(1), features(1));
+        assert!(none.get(&key(1)).is_none());
     }
 }

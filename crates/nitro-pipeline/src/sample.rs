@@ -5,7 +5,7 @@
 //! each with its own prompt, guidance and schedule, and [`Pipeline::pictures`] decodes what is
 //! finished. A sample's picture does not depend on which others it was stepped with.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Tensor, TensorData};
@@ -13,12 +13,14 @@ use image::RgbImage;
 use nitro_diffusion::guidance;
 use nitro_diffusion::sampler::{Kept, Trajectory, expand_mask, image_to_image_start};
 use nitro_diffusion::schedule::{FlowMatchEuler, Timetable};
+use nitro_kernels::pool;
+use nitro_ops::can_pack;
 
 use crate::picture::Parameters;
 use crate::pipeline::{Pipeline, misfit, values};
 use crate::pixels::{Canvas, Original};
 use crate::request::{Request, Seeds, Timings, Truncation};
-use crate::text::{EncodedText, TextCache};
+use crate::text::EncodedText;
 use crate::{PipelineError, RequestError};
 
 /// What a request comes down to on a model.
@@ -218,15 +220,11 @@ impl Pipeline {
         })
     }
 
-    /// One [`Sample`] per picture of `request`; texts are looked up in `cache` first.
-    pub fn prepare(
-        &self,
-        request: &Request,
-        cache: &mut TextCache,
-    ) -> Result<Prepared, PipelineError> {
+    /// One [`Sample`] per picture of `request`.
+    pub fn prepare(&self, request: &Request) -> Result<Prepared, PipelineError> {
         let plan = self.plan(request)?;
         let mut timings = Timings::default();
-        let text = timed(&mut timings.text, || self.conditions(request, &plan, cache))?;
+        let text = timed(&mut timings.text, || self.conditions(request, &plan))?;
         let samples = timed(&mut timings.encode, || self.samples(request, &plan, &text))?;
         Ok(Prepared {
             samples,
@@ -240,14 +238,13 @@ impl Pipeline {
         &self,
         request: &Request,
         plan: &Plan,
-        cache: &mut TextCache,
     ) -> Result<Conditions, PipelineError> {
         let mut texts: Vec<&str> = request.prompts.iter().map(String::as_str).collect();
         let count = texts.len();
         if guidance::is_active(plan.guidance as f32) {
             texts.extend((0..count).map(|i| request.negative_of(i)));
         }
-        let mut prompts = self.encode_cached(&texts, request.clean_captions, cache)?;
+        let mut prompts = self.encode(&texts, request.clean_captions)?;
         let negatives = prompts.split_off(count);
         if let Some(i) = prompts.iter().position(|prompt| prompt.text.is_empty()) {
             let cleaned = " after caption cleaning";
@@ -335,7 +332,7 @@ impl Pipeline {
             .collect()
     }
 
-    /// Moves every sample that is not finished one step forward, all in one pass of the denoiser.
+    /// Moves every sample that is not finished one step forward, together.
     /// All must be of one size. After an error no sample has moved.
     pub fn step(&self, samples: &mut [&mut Sample]) -> Result<(), PipelineError> {
         let mut samples: Vec<&mut Sample> = samples
@@ -354,7 +351,8 @@ impl Pipeline {
                 ),
             });
         }
-        let velocities = self.velocities(&samples, canvas)?;
+        let standing: Vec<&Sample> = samples.iter().map(|sample| &**sample).collect();
+        let velocities = self.velocities(&standing, canvas)?;
         for (sample, velocity) in samples.iter_mut().zip(velocities) {
             sample.trajectory.advance(&velocity)?;
         }
@@ -362,16 +360,39 @@ impl Pipeline {
     }
 
     /// The velocity of each sample where it stands, guided.
+    ///
+    /// On the CPU, where there are as many samples as threads, each sample is a pass of its own on one
+    /// thread: nobody waits for anybody between layers, and a pass's activations stay in its core's
+    /// cache. Fewer samples share all threads in one pass.
     fn velocities(
         &self,
-        samples: &[&mut Sample],
+        samples: &[&Sample],
         canvas: Canvas,
     ) -> Result<Vec<Vec<f32>>, PipelineError> {
+        if samples.len() < pool::num_threads() || !can_pack(&self.device) {
+            return self.pass(samples, canvas);
+        }
+        let results: Vec<OnceLock<_>> = samples.iter().map(|_| OnceLock::new()).collect();
+        pool::par_for(samples.len(), |i| {
+            let _ = results[i].set(self.pass(&samples[i..=i], canvas));
+        });
+        let mut velocities = Vec::with_capacity(samples.len());
+        for result in results {
+            // Every task ran, or the call above did not come back.
+            if let Some(result) = result.into_inner() {
+                velocities.extend(result?);
+            }
+        }
+        Ok(velocities)
+    }
+
+    /// [`Self::velocities`] in one pass of the denoiser.
+    fn pass(&self, samples: &[&Sample], canvas: Canvas) -> Result<Vec<Vec<f32>>, PipelineError> {
         // Unconditional rows first, as the official pipeline orders them.
         let unconditional = samples
             .iter()
-            .filter_map(|sample| Some((&**sample, sample.negative.as_ref()?)));
-        let conditional = samples.iter().map(|sample| (&**sample, &sample.prompt));
+            .filter_map(|sample| Some((*sample, sample.negative.as_ref()?)));
+        let conditional = samples.iter().map(|sample| (*sample, &sample.prompt));
         let rows: Vec<(&Sample, &Arc<EncodedText>)> = unconditional.chain(conditional).collect();
         let count = rows.len();
         let times: Vec<f32> = rows

@@ -1,12 +1,12 @@
-//! Texts as the denoiser sees them, encoded once and kept.
+//! Texts as the denoiser sees them: cleaned, tokenised, encoded.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 
 use crate::PipelineError;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Pipeline, text_features, tokenise};
+use crate::prompt_cache::PromptCache;
 use crate::tokenizer::Tokens;
 
 /// One text, cleaned, tokenised and encoded.
@@ -20,103 +20,98 @@ pub struct EncodedText {
     pub(crate) features: Tensor<3>,
 }
 
-/// The texts used last, encoded. A negative prompt is mostly the same, and people try one prompt with
-/// many seeds.
-#[derive(Debug)]
-pub struct TextCache {
-    capacity: usize,
-    /// By the text as given and whether it is cleaned; the number says when it was last used.
-    entries: HashMap<(String, bool), (u64, Arc<EncodedText>)>,
-    uses: u64,
-    hits: u64,
-    misses: u64,
-}
-
-impl TextCache {
-    /// A cache of at most `capacity` texts; 0 keeps none.
-    pub fn new(capacity: usize) -> Self {
-        Self {
-            capacity,
-            entries: HashMap::new(),
-            uses: 0,
-            hits: 0,
-            misses: 0,
-        }
-    }
-
-    /// Texts found here so far.
-    pub fn hits(&self) -> u64 {
-        self.hits
-    }
-
-    /// Texts that had to be encoded so far.
-    pub fn misses(&self) -> u64 {
-        self.misses
-    }
-
-    fn get(&mut self, key: &(String, bool)) -> Option<Arc<EncodedText>> {
-        self.uses += 1;
-        let entry = self.entries.get_mut(key)?;
-        entry.0 = self.uses;
-        self.hits += 1;
-        Some(entry.1.clone())
-    }
-
-    fn put(&mut self, key: (String, bool), text: Arc<EncodedText>) {
-        self.misses += 1;
-        if self.capacity == 0 {
-            return;
-        }
-        if self.entries.len() >= self.capacity {
-            // Capacities are small: looking at all costs nothing beside encoding a text.
-            let oldest = self.entries.iter().min_by_key(|(_, (used, _))| *used);
-            if let Some(key) = oldest.map(|(key, _)| key.clone()) {
-                self.entries.remove(&key);
-            }
-        }
-        self.uses += 1;
-        self.entries.insert(key, (self.uses, text));
-    }
+/// Token ids and features of a list of texts.
+#[derive(Clone, Debug)]
+pub struct TextFeatures {
+    /// The texts as they were tokenised.
+    pub texts: Vec<String>,
+    /// Their tokens.
+    pub tokens: Vec<Tokens>,
+    /// Features `[texts, text_tokens, channels]`.
+    pub features: Tensor<3>,
 }
 
 impl Pipeline {
-    /// Encodes `texts`, taking from `cache` what it has and leaving there what it had not. What is
-    /// missing is encoded together, every distinct text once.
-    pub fn encode_cached(
+    /// Cleans (if asked to), tokenises and encodes texts, all of one length, into one tensor.
+    pub fn encode_texts(
         &self,
         texts: &[&str],
         clean_captions: bool,
-        cache: &mut TextCache,
+    ) -> Result<TextFeatures, PipelineError> {
+        let (texts, tokens) = tokenise(&self.tokenizer, texts, clean_captions)?;
+        let all = self.features(&tokens)?.concat();
+        Ok(TextFeatures {
+            features: self.feature_tensor(all, tokens.len()),
+            texts,
+            tokens,
+        })
+    }
+
+    /// Cleans (if asked to), tokenises and encodes texts, each by itself. Texts of the same words
+    /// share their features.
+    pub(crate) fn encode(
+        &self,
+        texts: &[&str],
+        clean_captions: bool,
     ) -> Result<Vec<Arc<EncodedText>>, PipelineError> {
-        let mut found: HashMap<&str, Arc<EncodedText>> = HashMap::new();
-        let mut missing: Vec<&str> = Vec::new();
-        for text in texts {
-            if found.contains_key(text) || missing.contains(text) {
-                continue;
+        let (texts, tokens) = tokenise(&self.tokenizer, texts, clean_captions)?;
+        let features = self.features(&tokens)?;
+        let mut encoded: Vec<Arc<EncodedText>> = Vec::with_capacity(texts.len());
+        for ((text, tokens), features) in texts.into_iter().zip(tokens).zip(features) {
+            let same = encoded.iter().find(|other| other.text == text);
+            encoded.push(match same {
+                Some(same) => same.clone(),
+                None => Arc::new(EncodedText {
+                    text,
+                    tokens,
+                    features: self.feature_tensor(features.to_vec(), 1),
+                }),
+            });
+        }
+        Ok(encoded)
+    }
+
+    /// Features of texts encoded before, and how often they were asked for.
+    pub fn prompt_cache(&self) -> &PromptCache {
+        &self.prompt_cache
+    }
+
+    /// `[texts, text_tokens, channels]`
+    fn feature_tensor(&self, values: Vec<f32>, texts: usize) -> Tensor<3> {
+        let shape = [texts, self.text_tokens(), self.text_config.hidden_size];
+        Tensor::from_data(TensorData::new(values, shape), &self.device)
+    }
+
+    /// The features `text_tokens * channels` of each text: from the cache, or computed, all that are
+    /// missing in one pass and each text once.
+    fn features(&self, tokens: &[Tokens]) -> Result<Vec<Arc<[f32]>>, PipelineError> {
+        let mut known: Vec<Option<Arc<[f32]>>> = vec![None; tokens.len()];
+        let mut missing: Vec<usize> = Vec::new();
+        for i in 0..tokens.len() {
+            match tokens[..i].iter().position(|earlier| *earlier == tokens[i]) {
+                Some(earlier) => known[i] = known[earlier].clone(),
+                None => known[i] = self.prompt_cache.get(&tokens[i]),
             }
-            match cache.get(&((*text).to_owned(), clean_captions)) {
-                Some(encoded) => drop(found.insert(text, encoded)),
-                None => missing.push(text),
+            if known[i].is_none() && !missing.iter().any(|&j| tokens[j] == tokens[i]) {
+                missing.push(i);
             }
         }
         if !missing.is_empty() {
-            let encoded = self.encode_texts(&missing, clean_captions)?;
-            let [_, length, channels] = encoded.features.dims();
-            let rows = encoded.texts.into_iter().zip(encoded.tokens);
-            for (i, (given, (text, tokens))) in missing.into_iter().zip(rows).enumerate() {
-                let features = encoded
-                    .features
-                    .clone()
-                    .slice([i..i + 1, 0..length, 0..channels]);
-                let encoded = Arc::new(EncodedText {
-                    text,
-                    tokens,
-                    features,
-                });
-                cache.put((given.to_owned(), clean_captions), encoded.clone());
-                found.insert(given, encoded);
+            let of_missing: Vec<&Tokens> = missing.iter().map(|&i| &tokens[i]).collect();
+            let file = &self.sources.text_encoder;
+            let computed = text_features(self.text_encoder()?, file, &of_missing, &self.device)?;
+            let computed = computed.as_slice::<f32>().unwrap_or_default();
+            let each = (computed.len() / missing.len()).max(1);
+            for (values, i) in computed.chunks_exact(each).zip(missing) {
+                let features: Arc<[f32]> = values.into();
+                self.prompt_cache.insert(&tokens[i], features.clone());
+                for (known, other) in known.iter_mut().zip(tokens) {
+                    if *other == tokens[i] {
+                        *known = Some(features.clone());
+                    }
+                }
             }
         }
-        Ok(texts.iter().map(|text| found[text].clone()).collect())
+        Ok(known.into_iter().flatten().collect())
     }
 }

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use nitro_pipeline::{Pipeline, Request, Sample, TextCache};
+use nitro_pipeline::{Pipeline, Request, Sample};
 
 fn miniature() -> Pipeline {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/miniature");
@@ -43,25 +43,26 @@ fn alone(pipeline: &Pipeline, request: &Request) -> (Vec<f32>, Vec<u8>) {
 
 #[test]
 fn a_picture_does_not_depend_on_its_company() {
-    in_company(&miniature());
+    in_company(&miniature(), &miniature());
 }
 
 #[test]
 fn nor_does_it_in_a_model_of_other_widths() {
-    in_company(&golden());
+    in_company(&golden(), &golden());
 }
 
-fn in_company(pipeline: &Pipeline) {
-    let mut cache = TextCache::new(8);
+/// `by_itself` is the same model, loaded once more: it knows no text that `pipeline` has encoded.
+fn in_company(pipeline: &Pipeline, by_itself: &Pipeline) {
     let mut waiting: Vec<(usize, Sample)> = requests()
         .iter()
         .enumerate()
         .map(|(i, request)| {
-            let mut prepared = pipeline.prepare(request, &mut cache).unwrap();
+            let mut prepared = pipeline.prepare(request).unwrap();
             (i, prepared.samples.remove(0))
         })
         .collect();
     // "a red circle" and the empty negative prompt were known the second time.
+    let cache = pipeline.prompt_cache();
     assert_eq!((cache.hits(), cache.misses()), (2, 5));
 
     // One more joins before every step; who is done leaves.
@@ -78,7 +79,7 @@ fn in_company(pipeline: &Pipeline) {
         .unwrap();
     let requests = requests();
     for ((i, sample), pixels) in done.iter().zip(pixels) {
-        let (latents, alone) = alone(pipeline, &requests[*i]);
+        let (latents, alone) = alone(by_itself, &requests[*i]);
         assert!(
             sample.trajectory().latents() == latents,
             "request {i}: the latents depend on the batch"
@@ -107,8 +108,7 @@ fn pictures_of_one_request_are_those_of_single_requests() {
 #[test]
 fn finished_samples_rest_while_others_go_on() {
     let pipeline = miniature();
-    let mut cache = TextCache::new(0);
-    let mut prepare = |request: Request| pipeline.prepare(&request, &mut cache).unwrap().samples;
+    let prepare = |request: Request| pipeline.prepare(&request).unwrap().samples;
     let mut short = prepare(Request::new("a ring").steps(1));
     let mut long = prepare(Request::new("a ring").steps(2));
     pipeline.step(&mut [&mut short[0], &mut long[0]]).unwrap();

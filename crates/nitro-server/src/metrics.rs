@@ -57,6 +57,7 @@ pub(crate) struct Metrics {
     pub(crate) cancelled: Counter,
     pub(crate) cache_hits: Gauge,
     pub(crate) cache_misses: Gauge,
+    pub(crate) cache_bytes: Gauge,
     memory: Gauge,
 }
 
@@ -86,6 +87,7 @@ impl Metrics {
             cancelled: Counter::default(),
             cache_hits: Gauge::default(),
             cache_misses: Gauge::default(),
+            cache_bytes: Gauge::default(),
             memory: Gauge::default(),
             registry: Registry::default(),
         };
@@ -153,14 +155,20 @@ impl Metrics {
             metrics.cancelled.clone(),
         );
         registry.register(
-            "nitro_text_cache_hits",
+            "nitro_prompt_cache_hits",
             "Texts whose encoding was known",
             metrics.cache_hits.clone(),
         );
         registry.register(
-            "nitro_text_cache_misses",
+            "nitro_prompt_cache_misses",
             "Texts that were encoded",
             metrics.cache_misses.clone(),
+        );
+        registry.register_with_unit(
+            "nitro_prompt_cache",
+            "Encoded texts in memory",
+            Unit::Bytes,
+            metrics.cache_bytes.clone(),
         );
         registry.register_with_unit(
             "process_resident_memory",

@@ -29,8 +29,6 @@ pub struct EngineOptions {
     pub max_wait: Duration,
     /// Most pictures that wait.
     pub max_queue: usize,
-    /// Texts whose encoding is kept.
-    pub text_cache: usize,
     /// Called before every pass of the denoiser, to break it in tests.
     #[cfg(test)]
     pub(crate) before_step: Option<fn(&[u64])>,
@@ -42,7 +40,6 @@ impl Default for EngineOptions {
             max_batch: 8,
             max_wait: Duration::ZERO,
             max_queue: 64,
-            text_cache: 256,
             #[cfg(test)]
             before_step: None,
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use image::RgbImage;
-use nitro_pipeline::{Pipeline, PipelineError, Sample, TextCache};
+use nitro_pipeline::{Pipeline, PipelineError, Sample};
 use tokio::sync::mpsc;
 
 use super::queue::Turn;
@@ -16,8 +16,6 @@ use super::{Event, Failure, Job};
 pub(crate) struct Worker {
     shared: Arc<Shared>,
     pipelines: Arc<Vec<Pipeline>>,
-    /// One per pipeline.
-    caches: Vec<TextCache>,
     jobs: HashMap<u64, Running>,
     /// The batch.
     active: Vec<Active>,
@@ -45,9 +43,7 @@ struct Active {
 
 impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, pipelines: Arc<Vec<Pipeline>>) -> Self {
-        let cache = |_: &Pipeline| TextCache::new(shared.options.text_cache);
         Self {
-            caches: pipelines.iter().map(cache).collect(),
             shared,
             pipelines,
             jobs: HashMap::new(),
@@ -140,9 +136,10 @@ impl Worker {
         let metrics = &self.shared.metrics;
         metrics.queue_seconds.observe(since.elapsed().as_secs_f64());
         let pipeline = &self.pipelines[job.pipeline];
-        let cache = &mut self.caches[job.pipeline];
+        // Variants of a model share one.
+        let cache = pipeline.prompt_cache();
         let misses = cache.misses();
-        let prepared = caught(|| pipeline.prepare(&job.request, cache));
+        let prepared = caught(|| pipeline.prepare(&job.request));
         if let Ok(prepared) = &prepared {
             if cache.misses() > misses {
                 metrics.stage("text", prepared.timings.text);
@@ -151,9 +148,9 @@ impl Worker {
                 metrics.stage("encode", prepared.timings.encode);
             }
         }
-        let sum = |of: fn(&TextCache) -> u64| self.caches.iter().map(of).sum::<u64>() as i64;
-        metrics.cache_hits.set(sum(TextCache::hits));
-        metrics.cache_misses.set(sum(TextCache::misses));
+        metrics.cache_hits.set(cache.hits() as i64);
+        metrics.cache_misses.set(cache.misses() as i64);
+        metrics.cache_bytes.set(cache.bytes() as i64);
         let left = job.request.pictures();
         let mut running = Running {
             job,

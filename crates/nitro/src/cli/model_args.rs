@@ -142,17 +142,12 @@ impl ModelArgs {
         Ok(self.builder(side, progress)?.load()?)
     }
 
-    /// [`Self::load`], and further variants of the same model after it.
-    pub(super) fn load_variants(
+    /// What loads it.
+    pub(super) fn builder(
         &self,
         side: Option<usize>,
-        further: &[String],
         progress: &Progress,
-    ) -> anyhow::Result<Vec<Pipeline>> {
-        Ok(self.builder(side, progress)?.load_with(further)?)
-    }
-
-    fn builder(&self, side: Option<usize>, progress: &Progress) -> anyhow::Result<PipelineBuilder> {
+    ) -> anyhow::Result<PipelineBuilder> {
         use_threads(self.threads)?;
         let part = progress.clone();
         let mut builder = Pipeline::builder(self.location.location())
@@ -183,8 +178,10 @@ impl ModelArgs {
             let lora = format!("{}:{scale}", folder.display());
             line.push(format!("--lora {}", quoted(&lora)));
         }
-        if let PrecisionName::Bf16 = self.precision {
-            line.push("--precision bf16".to_owned());
+        match self.precision {
+            PrecisionName::F32 => {}
+            PrecisionName::Bf16 => line.push("--precision bf16".to_owned()),
+            PrecisionName::Int8 => line.push("--precision int8".to_owned()),
         }
         if let Some(rows) = self.tile {
             line.push(format!("--tile {rows}"));

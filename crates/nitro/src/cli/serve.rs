@@ -48,9 +48,9 @@ pub(super) struct ServeArgs {
     /// Most pictures that wait
     #[arg(long, default_value_t = 64, value_name = "N")]
     max_queue: usize,
-    /// Prompts whose encoding is kept
-    #[arg(long, default_value_t = 256, value_name = "N")]
-    text_cache: usize,
+    /// Memory for encoded prompts, in MiB; a prompt takes 1 MiB in the full-size model
+    #[arg(long, default_value_t = 256, value_name = "MIB")]
+    prompt_cache: usize,
     /// Most pictures of a request
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = at_least_one)]
     max_images: usize,
@@ -109,9 +109,11 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<()> {
 
     let load = move || -> anyhow::Result<Vec<Pipeline>> {
         let progress = Progress::new(quiet);
-        let loaded = args.model.load_variants(None, &args.also, &progress);
+        let bytes = args.prompt_cache.saturating_mul(1 << 20);
+        let builder = args.model.builder(None, &progress)?.prompt_cache(bytes);
+        let loaded = builder.load_with(&args.also);
         progress.clear();
-        loaded
+        Ok(loaded?)
     };
     let ready = move || say(format!("ready: http://{address}"));
     if !quiet {
@@ -137,7 +139,6 @@ impl ServeArgs {
                 max_batch: self.max_batch,
                 max_wait: Duration::from_millis(self.max_wait),
                 max_queue: self.max_queue,
-                text_cache: self.text_cache,
             },
             limits: RequestLimits {
                 pictures: self.max_images,
