@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|body: &[u8]| {
-    nitro_server::readers::a1111(body);
+    nitro_api::readers::a1111(body);
 });

@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|body: &[u8]| {
-    nitro_server::readers::edit("multipart/form-data; boundary=x", body);
+    nitro_api::readers::edit("multipart/form-data; boundary=x", body);
 });

@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|body: &[u8]| {
-    nitro_server::readers::picture(body);
+    nitro_api::readers::picture(body);
 });

@@ -4,6 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use image::imageops::{self, FilterType};
 use image::{GrayImage, ImageBuffer, Pixel, Rgb, RgbImage};
 
+use crate::RequestError;
 use crate::request::InitImage;
 
 /// The size of a picture and of its latents.
@@ -51,6 +52,20 @@ pub fn to_pictures(decoded: &TensorData) -> Vec<RgbImage> {
 pub(crate) struct Original {
     image: RgbImage,
     mask: Option<GrayImage>,
+}
+
+impl InitImage {
+    /// The same, cut and scaled to pictures of `side` pixels as a request of that size would do itself:
+    /// what comes of it is the same, and it takes no more memory than that.
+    pub fn fitted(self, side: usize) -> Result<Self, RequestError> {
+        self.check()?;
+        let Original { image, mask } = Original::fit(&self, side);
+        Ok(Self {
+            image,
+            mask,
+            ..self
+        })
+    }
 }
 
 impl Original {
@@ -138,6 +153,19 @@ mod tests {
             strength: 0.5,
             mask,
         }
+    }
+
+    #[test]
+    fn fitting_twice_changes_nothing() {
+        let image = RgbImage::from_fn(23, 9, |x, y| Rgb([x as u8 * 9, y as u8 * 20, 7]));
+        let mask = GrayImage::from_fn(23, 9, |x, _| Luma([x as u8 * 10]));
+        let given = init(image, Some(mask));
+        let fitted = given.clone().fitted(8).unwrap();
+        assert_eq!(fitted.image.dimensions(), (8, 8));
+        let (once, twice) = (Original::fit(&given, 8), Original::fit(&fitted, 8));
+        assert!(once.image == twice.image && once.mask == twice.mask);
+        let other = Some(GrayImage::new(8, 8));
+        assert!(init(given.image, other).fitted(8).is_err());
     }
 
     #[test]

@@ -231,7 +231,7 @@ impl From<&str> for Request {
 }
 
 impl InitImage {
-    fn check(&self) -> Result<(), RequestError> {
+    pub(crate) fn check(&self) -> Result<(), RequestError> {
         if !(self.strength > 0.0 && self.strength <= 1.0) {
             return Err(RequestError::Setting {
                 name: "strength",

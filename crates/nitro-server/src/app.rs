@@ -6,16 +6,23 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
+use nitro_api::picture::OutputFormat;
+use nitro_api::{ApiError, Start, Wish};
 use nitro_pipeline::picture::Parameters;
 use nitro_pipeline::{InitImage, Pipeline, Request, Truncation};
 
+use tokio::sync::Semaphore;
+
 use crate::client::Client;
-use crate::engine::{Engine, Event, Job, Source, Ticket};
-use crate::error::ApiError;
-use crate::images::{self, OutputFormat};
+use crate::engine::{Engine, Event, Job, Refusal, Source, Ticket};
+use crate::http::body::Bodies;
+use crate::images;
 use crate::metrics::Metrics;
 use crate::options::ServerOptions;
 use crate::shares::{Pass, Shares};
+
+/// Decoding a picture takes up to some hundred MiB for a moment.
+const DECODED_AT_ONCE: usize = 2;
 
 /// The state of a running server.
 pub(crate) struct App {
@@ -23,27 +30,13 @@ pub(crate) struct App {
     /// Absent while the model is being loaded.
     pub(crate) engine: OnceLock<Engine>,
     pub(crate) shares: Shares,
+    pub(crate) bodies: Bodies,
+    /// Pictures of clients that are decoded at once.
+    decoding: Semaphore,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) draining: AtomicBool,
     /// Unix time at which the server was started; models were "created" then.
     pub(crate) started: u64,
-}
-
-/// What a client wants, whatever API it speaks.
-#[derive(Debug, Default)]
-pub(crate) struct Wish {
-    pub(crate) prompt: String,
-    pub(crate) negative_prompt: String,
-    /// A variant by name; the first one otherwise.
-    pub(crate) variant: Option<String>,
-    pub(crate) pictures: usize,
-    pub(crate) size: Option<(usize, usize)>,
-    pub(crate) steps: Option<usize>,
-    pub(crate) guidance: Option<f64>,
-    /// Drawn if absent.
-    pub(crate) seed: Option<u64>,
-    pub(crate) init: Option<InitImage>,
-    pub(crate) previews: usize,
 }
 
 /// A wish the engine has accepted.
@@ -77,6 +70,8 @@ impl App {
     pub(crate) fn new(options: ServerOptions) -> Self {
         Self {
             shares: Shares::new(options.client_limits),
+            bodies: Bodies::new(options.limits),
+            decoding: Semaphore::new(DECODED_AT_ONCE),
             engine: OnceLock::new(),
             metrics: Arc::new(Metrics::new()),
             draining: AtomicBool::new(false),
@@ -102,6 +97,46 @@ impl App {
             .ok_or_else(ApiError::internal)
     }
 
+    /// Decodes the picture a wish starts from, and cuts it to the size of the pictures that will come of
+    /// it: what waits in the queue is no larger than that.
+    pub(crate) async fn start(
+        &self,
+        wish: &Wish,
+        decode: impl FnOnce() -> Result<Start, ApiError> + Send + 'static,
+    ) -> Result<Start, ApiError> {
+        // Nothing is decoded for a wish that would be refused.
+        let engine = self.engine()?;
+        self.check(wish)?;
+        let variant = self.variant(engine, wish.variant.as_deref())?;
+        let own = self.pipeline(variant)?.variant().resolution;
+        let side = match wish.size {
+            Some((width, height)) if width == height && width > 0 => width,
+            _ => own,
+        };
+        // It is never closed.
+        let _turn = self.decoding.acquire().await;
+        aside(move || {
+            let Start {
+                image,
+                strength,
+                mask,
+            } = decode()?;
+            let fitted = InitImage {
+                image,
+                strength,
+                mask,
+            }
+            .fitted(side)
+            .map_err(|error| Refusal::Impossible(error.into()))?;
+            Ok(Start {
+                image: fitted.image,
+                strength,
+                mask: fitted.mask,
+            })
+        })
+        .await
+    }
+
     /// Checks a wish against the server's limits and the model, and queues it.
     pub(crate) fn order(
         &self,
@@ -113,6 +148,11 @@ impl App {
         let pipeline = self.variant(engine, wish.variant.as_deref())?;
         self.check(&wish)?;
         let seed = wish.seed.unwrap_or_else(random_seed);
+        let init = wish.start.map(|start| InitImage {
+            image: start.image,
+            strength: start.strength,
+            mask: start.mask,
+        });
         let request = Request {
             negative_prompts: match wish.negative_prompt.is_empty() {
                 true => Vec::new(),
@@ -123,7 +163,7 @@ impl App {
             guidance_scale: wish.guidance,
             width: wish.size.map(|size| size.0),
             height: wish.size.map(|size| size.1),
-            init: wish.init,
+            init,
             ..Request::new(wish.prompt).seed(seed)
         };
         let pass = self.shares.enter(client, request.pictures())?;

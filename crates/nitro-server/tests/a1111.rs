@@ -115,6 +115,26 @@ fn progress_shows_the_picture_and_interrupt_ends_it() {
 }
 
 #[test]
+fn a_picture_tells_its_parameters() {
+    let server = TestServer::start(options());
+    let api = server.get("/openapi.json").ok().json();
+    let picture = server.generate(&quick("a ring", 11)).ok().files().remove(0);
+    let ask = |image: &str| server.post("/sdapi/v1/png-info", &json!({"image": image}));
+    let answer = ask(&BASE64_STANDARD.encode(&picture)).ok().json();
+    check_response(&api, "post", "/sdapi/v1/png-info", 200, &answer);
+    assert_eq!(
+        answer["info"].as_str(),
+        infotext(&picture).unwrap().as_deref()
+    );
+    assert_eq!(answer["parameters"]["Seed"], 11);
+    for bad in ["%", "bm90IGEgcGljdHVyZQ=="] {
+        let answer = ask(bad);
+        assert_eq!(answer.status, 400, "{}", answer.text());
+        check_response(&api, "post", "/sdapi/v1/png-info", 400, &answer.json());
+    }
+}
+
+#[test]
 fn menus_are_filled() {
     let server = TestServer::start(options());
     let api = server.get("/openapi.json").ok().json();
@@ -129,7 +149,11 @@ fn menus_are_filled() {
     for path in [
         "schedulers",
         "upscalers",
+        "latent-upscale-modes",
         "loras",
+        "hypernetworks",
+        "face-restorers",
+        "realesrgan-models",
         "sd-vae",
         "prompt-styles",
     ] {

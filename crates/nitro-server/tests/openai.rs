@@ -4,7 +4,7 @@ mod support;
 
 use image::{GrayImage, Luma, Rgb, RgbImage, Rgba, RgbaImage};
 use nitro_pipeline::picture::{self, Parameters};
-use nitro_pipeline::{Pipeline, Request};
+use nitro_pipeline::{InitImage, Pipeline, Request};
 use serde_json::{Value, json};
 use support::schema::{check_response, check_schema};
 use support::{TestServer, decode, load, options, quick};
@@ -300,6 +300,14 @@ fn edits_change_what_the_mask_shows_and_nothing_else() {
         "both forms of a mask mean the same"
     );
 
+    let small = png(&GrayImage::new(8, 8).into());
+    let files: [(&str, &[u8]); 2] = [("image", &picture), ("mask", &small)];
+    let answer = server.form(path, &fields, &files);
+    assert_eq!(
+        (answer.status, answer.json()["error"]["param"].as_str()),
+        (400, Some("mask"))
+    );
+
     let without: [(&str, &[u8]); 1] = [("image[]", &picture)];
     server
         .form(path, &[fields[0], fields[1], ("stream", "true")], &without)
@@ -328,6 +336,62 @@ fn edits_change_what_the_mask_shows_and_nothing_else() {
         assert_eq!(answer.status, 400, "{}", answer.text());
         assert_eq!(answer.json()["error"]["param"], param, "{}", answer.text());
     }
+}
+
+#[test]
+fn an_edit_is_the_picture_that_the_library_makes() {
+    let server = TestServer::start(options());
+    // Neither square nor of the model's size: the server cuts it before it waits in the queue.
+    let image = RgbImage::from_fn(700, 610, |x, y| {
+        Rgb([(x % 251) as u8, (y % 241) as u8, (x / 3) as u8])
+    });
+    let mut png = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut png, image::ImageFormat::Png).unwrap();
+    let fields = [
+        ("prompt", "a ring"),
+        ("seed", "5"),
+        ("num_inference_steps", "4"),
+        ("strength", "0.6"),
+    ];
+    let files: [(&str, &[u8]); 1] = [("image", png.get_ref())];
+    let answer = server.form("/v1/images/edits", &fields, &files).ok();
+    let mut request = Request::new("a ring").seed(5).steps(4);
+    request.init = Some(InitImage {
+        image,
+        strength: 0.6,
+        mask: None,
+    });
+    assert!(answer.files()[0] == file(&load().unwrap()[0], &request, 5));
+}
+
+#[test]
+fn everything_that_is_described_is_there() {
+    let server = TestServer::start(options());
+    let api = server.get("/openapi.json").ok().json();
+    let paths = api["paths"].as_object().unwrap();
+    for (path, methods) in paths {
+        for (method, operation) in methods.as_object().unwrap() {
+            let sent = match method.as_str() {
+                "get" => server.get(path),
+                "post" => server.post(path, &json!({})),
+                other => panic!("{other} {path}"),
+            };
+            // Some want more than `{}`: then they say so in a way that is described, too.
+            assert!(![404, 405, 500].contains(&sent.status), "{method} {path}");
+            let described = operation["responses"][sent.status.to_string()].is_object();
+            assert!(described, "{method} {path}: {}", sent.status);
+            let picture = path.starts_with("/v1/images") || path.ends_with("2img");
+            for status in [400, 401, 403, 408, 413, 415, 429, 500, 503, 504] {
+                let described = &operation["responses"][status.to_string()];
+                assert!(described.is_object() || !picture, "{path}: {status}");
+            }
+        }
+    }
+    let retry = "/paths/~1v1~1images~1generations/post/responses/429/headers/retry-after";
+    assert!(api.pointer(retry).is_some());
+    let events = "/paths/~1v1~1images~1edits/post/responses/200/content/text~1event-stream/schema";
+    assert!(api.pointer(events).is_some());
+    assert!(paths.len() > 25, "{} paths", paths.len());
 }
 
 #[test]

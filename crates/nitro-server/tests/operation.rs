@@ -97,6 +97,31 @@ fn web_pages_of_others_are_kept_out() {
 }
 
 #[test]
+fn a_page_whose_name_was_made_to_mean_this_machine_is_kept_out() {
+    // DNS rebinding: origin and host agree, but neither is this machine's own name.
+    let status = |server: &TestServer, host: &str| {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        write!(
+            stream,
+            "GET /v1/models HTTP/1.1\r\nhost: {host}\r\norigin: http://{host}\r\n\r\n"
+        )
+        .unwrap();
+        read_head(&mut stream)[9..12].to_owned()
+    };
+    let server = TestServer::start(options());
+    assert_eq!(status(&server, "evil.example:8080"), "403");
+    for own in ["localhost:8080", "127.0.0.1:8080", "[::1]:8080"] {
+        assert_eq!(status(&server, own), "200", "{own}");
+    }
+    // A proxy in front of it has a name of its own, which can be listed.
+    let server = TestServer::start(ServerOptions {
+        cors: vec!["http://pictures.example".to_owned()],
+        ..options()
+    });
+    assert_eq!(status(&server, "pictures.example"), "200");
+}
+
+#[test]
 fn a_full_queue_refuses_with_a_time_and_a_place() {
     let server = TestServer::start(narrow(1));
     let api = server.get("/openapi.json").ok().json();
@@ -251,7 +276,7 @@ fn health_metrics_and_request_ids() {
     for (name, value) in [
         (format!("nitro_http_requests_total{{{route}}}"), 2.0),
         ("nitro_pictures_total".into(), 4.0),
-        ("nitro_text_cache_hits".into(), 2.0),
+        ("nitro_prompt_cache_hits".into(), 2.0),
         ("nitro_queue_seconds_count".into(), 2.0),
         ("nitro_stage_seconds_count{stage=\"denoise\"}".into(), 4.0),
         ("nitro_batch_pictures_sum".into(), 8.0),

@@ -1,9 +1,11 @@
 //! Everything between a connection and a handler: who asks, under which number, and what is counted.
 
+pub(crate) mod body;
 pub(crate) mod connection;
 
 use std::any::Any;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -14,13 +16,13 @@ use axum::extract::{ConnectInfo, MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use nitro_api::ApiError;
 use serde::{Deserialize, Serialize};
 use tower_http::cors::{AllowOrigin, Any as AnyHeader, CorsLayer};
 use utoipa::ToSchema;
 
 use self::connection::Peer;
 use crate::app::App;
-use crate::error::ApiError;
 use crate::metrics::{RequestLabels, RouteLabel};
 
 /// Under which number a request is found in logs, here and elsewhere.
@@ -111,7 +113,11 @@ pub(crate) async fn same_origin(
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    if !from_here(&request, &app.options.cors) && request.method() != Method::OPTIONS {
+    // A page whose own name was made to mean this machine (DNS rebinding) looks like ours; but on
+    // loopback nobody without a key has a reason to call the server by such a name.
+    let private = app.options.keys.is_empty() && app.options.address.ip().is_loopback();
+    let allowed = from_here(&request, &app.options.cors, private);
+    if !allowed && request.method() != Method::OPTIONS {
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "origin_not_allowed",
@@ -121,17 +127,28 @@ pub(crate) async fn same_origin(
     Ok(next.run(request).await)
 }
 
-/// Whether a request comes from no web page, from our own or from one of a listed origin.
-fn from_here(request: &Request, listed: &[String]) -> bool {
+/// Whether a request comes from no web page, from our own or from one of a listed origin. A `private`
+/// server's own page has an address for a name.
+fn from_here(request: &Request, listed: &[String], private: bool) -> bool {
     let text = |name: HeaderName| request.headers().get(name)?.to_str().ok();
     let Some(origin) = text(header::ORIGIN) else {
         return true;
     };
     let host = origin.split_once("://").map(|(_, host)| host);
-    host == text(header::HOST)
-        || listed
-            .iter()
-            .any(|listed| listed == "*" || listed == origin)
+    let own = host == text(header::HOST) && (!private || host.is_some_and(is_address));
+    own || listed
+        .iter()
+        .any(|listed| listed == "*" || listed == origin)
+}
+
+/// Whether `HOST` or `HOST:PORT` is an IP address or this machine's own name.
+fn is_address(host: &str) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    bare.parse::<IpAddr>().is_ok() || name == "localhost" || name.ends_with(".localhost")
 }
 
 /// What browsers are told about other origins: nothing, unless some are listed.
@@ -225,4 +242,34 @@ pub(crate) async fn live() -> &'static str {
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], app.metrics.render()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_address;
+
+    #[test]
+    fn addresses_and_this_machine_are_no_names_of_others() {
+        for address in [
+            "127.0.0.1:8080",
+            "127.0.0.1",
+            "[::1]:8080",
+            "[::1]",
+            "192.168.1.7:80",
+            "localhost:8080",
+            "localhost",
+            "a.localhost:1",
+        ] {
+            assert!(is_address(address), "{address}");
+        }
+        for name in [
+            "evil.example:8080",
+            "evil.example",
+            "localhost.evil.example",
+            "",
+            "127.0.0.1.evil.example",
+        ] {
+            assert!(!is_address(name), "{name}");
+        }
+    }
 }

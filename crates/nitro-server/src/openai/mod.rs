@@ -1,7 +1,6 @@
 //! `/v1`: the OpenAI Images API.
 
 mod stream;
-pub(crate) mod types;
 
 use std::sync::Arc;
 
@@ -11,17 +10,17 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use nitro_api::openai::{
+    self as api, Answer, EditForm, Image, ImageEvent, ImageParameters, ImagesResponse, InputTokens,
+    Model, ModelDefaults, ModelList, ResponseFormat, Usage,
+};
+use nitro_api::{ApiError, Wish};
 use nitro_pipeline::{Pipeline, Truncation};
 
-use self::types::{
-    Answer, EditForm, Image, ImageParameters, ImagesResponse, InputTokens, Model, ModelDefaults,
-    ModelList, ResponseFormat, Usage,
-};
-use crate::app::{App, Order, Picture, Wish, aside, unix_time};
+use crate::app::{App, Order, Picture, unix_time};
 use crate::client::Client;
 use crate::engine::Source;
-use crate::error::{ApiError, ErrorBody};
-use crate::parse;
+use crate::http::body::content_type;
 
 /// Makes pictures from text.
 #[utoipa::path(
@@ -30,13 +29,11 @@ use crate::parse;
     tag = "OpenAI",
     request_body = ImageParameters,
     responses(
-        (status = 200, description = "The pictures; with `stream`, server-sent events", body = ImagesResponse),
-        (status = 400, description = "The request cannot be carried out", body = ErrorBody),
-        (status = 401, description = "No or a wrong API key", body = ErrorBody),
-        (status = 404, description = "There is no such model", body = ErrorBody),
-        (status = 429, description = "The queue is full or a limit is reached", body = ErrorBody),
-        (status = 503, description = "The server is loading or stopping", body = ErrorBody),
-        (status = 504, description = "No picture in time", body = ErrorBody),
+        (
+            status = 200,
+            description = "The pictures; with `stream`, server-sent events",
+            content((ImagesResponse = "application/json"), (ImageEvent = "text/event-stream")),
+        ),
     )
 )]
 pub(crate) async fn generations(
@@ -44,9 +41,9 @@ pub(crate) async fn generations(
     Extension(client): Extension<Client>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    parse::expect_json(&request)?;
-    let body = parse::body(request, &app.options.limits).await?;
-    let parameters = types::generation(&body)?;
+    let body = app.bodies.read_json(request).await?;
+    let parameters = api::generation(&body.bytes)?;
+    drop(body);
     let variant = variant_of(&app, parameters.model.as_deref())?;
     let answer = parameters.answer()?;
     let wish = parameters.wish(variant)?;
@@ -60,10 +57,11 @@ pub(crate) async fn generations(
     tag = "OpenAI",
     request_body(content = EditForm, content_type = "multipart/form-data"),
     responses(
-        (status = 200, description = "The pictures; with `stream`, server-sent events", body = ImagesResponse),
-        (status = 400, description = "The request cannot be carried out", body = ErrorBody),
-        (status = 413, description = "The body is too large", body = ErrorBody),
-        (status = 429, description = "The queue is full or a limit is reached", body = ErrorBody),
+        (
+            status = 200,
+            description = "The pictures; with `stream`, server-sent events",
+            content((ImagesResponse = "application/json"), (ImageEvent = "text/event-stream")),
+        ),
     )
 )]
 pub(crate) async fn edits(
@@ -71,22 +69,19 @@ pub(crate) async fn edits(
     Extension(client): Extension<Client>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let kind = parse::content_type(&request);
-    let body = parse::body(request, &app.options.limits).await?;
-    let edit = types::edit(&kind, body).await?;
+    let kind = content_type(&request);
+    let body = app.bodies.read(request).await?;
+    let edit = api::edit(&kind, body.bytes.clone())?;
     let variant = variant_of(&app, edit.parameters.model.as_deref())?;
     let answer = edit.parameters.answer()?;
-    // Nothing is decoded for a server that would refuse it.
-    app.engine()?;
-    let (edit, init) = aside(move || {
-        let init = edit.init()?;
-        Ok((edit, init))
-    })
-    .await?;
-    let wish = Wish {
-        init: Some(init),
-        ..edit.parameters.wish(variant)?
+    let wish = edit.parameters.clone().wish(variant)?;
+    let decode = move || {
+        let start = edit.start();
+        drop((edit, body));
+        start
     };
+    let start = Some(app.start(&wish, decode).await?);
+    let wish = Wish { start, ..wish };
     respond(app, client, wish, answer, "image_edit").await
 }
 

@@ -10,13 +10,13 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use futures_util::stream;
+use nitro_api::openai::{Answer, ImageEvent, ProgressEvent};
+use nitro_api::{ApiError, ErrorBody};
 use serde::Serialize;
 
-use super::types::{Answer, ImageEvent, ProgressEvent};
 use super::{size, usage, warning};
 use crate::app::{App, Order, encoded, unix_time};
 use crate::engine::Event;
-use crate::error::{ApiError, ErrorBody};
 
 /// So often something is sent, that proxies keep the connection and a client that left is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);

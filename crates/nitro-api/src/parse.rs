@@ -1,73 +1,16 @@
-//! From a request's bytes to typed parameters, with errors that name the parameter.
+//! From a body's bytes to typed parameters, with errors that name the parameter.
 
-use axum::body::{Body, Bytes, to_bytes};
+use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Multipart, Request};
 use axum::http::{StatusCode, header};
+use futures_util::FutureExt as _;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
-use crate::options::RequestLimits;
-
-/// Reads a body within the server's limits of size and time.
-pub(crate) async fn body(request: Request, limits: &RequestLimits) -> Result<Bytes, ApiError> {
-    let limit = limits.body_bytes;
-    let too_large = || {
-        ApiError::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "body_too_large",
-            format!("the request's body is larger than {limit} bytes, this server's limit"),
-        )
-    };
-    let announced = request.headers().get(header::CONTENT_LENGTH);
-    let announced = announced.and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|length| length > limit) {
-        return Err(too_large());
-    }
-    match tokio::time::timeout(limits.body_time, to_bytes(request.into_body(), limit)).await {
-        Err(_) => Err(ApiError::new(
-            StatusCode::REQUEST_TIMEOUT,
-            "body_timeout",
-            format!(
-                "the request's body did not arrive within {} s",
-                limits.body_time.as_secs()
-            ),
-        )),
-        // Either the limit or the connection: only the first has somebody to tell.
-        Ok(Err(error)) if announced.is_some() => Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "incomplete_body",
-            format!("the request's body could not be read: {error}"),
-        )),
-        Ok(Err(_)) => Err(too_large()),
-        Ok(Ok(bytes)) => Ok(bytes),
-    }
-}
-
-/// Refuses a body that is not announced as JSON. Web pages of other origins can only send other types
-/// without asking first.
-pub(crate) fn expect_json(request: &Request) -> Result<(), ApiError> {
-    let kind = content_type(request).to_ascii_lowercase();
-    let kind = kind.split(';').next().unwrap_or_default().trim();
-    match kind == "application/json" || kind.ends_with("+json") {
-        true => Ok(()),
-        false => Err(ApiError::new(
-            StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            "unsupported_media_type",
-            "send JSON, with the header `content-type: application/json`",
-        )),
-    }
-}
-
-/// The content type of a request, empty if it has none.
-pub(crate) fn content_type(request: &Request) -> String {
-    let value = request.headers().get(header::CONTENT_TYPE);
-    let value = value.and_then(|value| value.to_str().ok());
-    value.unwrap_or_default().to_owned()
-}
 
 /// JSON to parameters.
-pub(crate) fn json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+pub fn json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     match axum::Json::<T>::from_bytes(bytes) {
         Ok(axum::Json(value)) => Ok(value),
         Err(rejection) => Err(explain(&rejection.body_text())),
@@ -75,7 +18,7 @@ pub(crate) fn json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 }
 
 /// Parameters from an object that is JSON already.
-pub(crate) fn object<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, ApiError> {
+pub fn object<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, ApiError> {
     let bytes = serde_json::to_vec(&object).map_err(|_| ApiError::internal())?;
     json(&bytes)
 }
@@ -114,9 +57,11 @@ fn explain(text: &str) -> ApiError {
 
 /// The parts of a form: files by name, and everything else as text.
 #[derive(Debug, Default)]
-pub(crate) struct Form {
-    pub(crate) files: Vec<(String, Bytes)>,
-    pub(crate) fields: Map<String, Value>,
+pub struct Form {
+    /// Files, with the names of their parts.
+    pub files: Vec<(String, Bytes)>,
+    /// Texts, numbers and truth values.
+    pub fields: Map<String, Value>,
 }
 
 /// Parameters that are numbers or truth values; forms have only text.
@@ -136,14 +81,21 @@ const TYPED: [&str; 9] = [
 const MOST_PARTS: usize = 64;
 
 /// Reads a `multipart/form-data` body. `files` names the parts that are pictures.
-pub(crate) async fn form(kind: &str, body: Bytes, files: &[&str]) -> Result<Form, ApiError> {
-    let bad = |reason: String| {
-        ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "invalid_form",
-            format!("the body is not the multipart/form-data it should be: {reason}"),
-        )
-    };
+pub fn form(kind: &str, body: Bytes, files: &[&str]) -> Result<Form, ApiError> {
+    // All of the body is here, so there is nothing to wait for.
+    let read = read_form(kind, body, files).now_or_never();
+    read.unwrap_or_else(|| Err(bad("it cannot be read".to_owned())))
+}
+
+fn bad(reason: String) -> ApiError {
+    ApiError::new(
+        StatusCode::BAD_REQUEST,
+        "invalid_form",
+        format!("the body is not the multipart/form-data it should be: {reason}"),
+    )
+}
+
+async fn read_form(kind: &str, body: Bytes, files: &[&str]) -> Result<Form, ApiError> {
     let request = Request::builder()
         .method("POST")
         .header(header::CONTENT_TYPE, kind)
@@ -184,7 +136,7 @@ pub(crate) async fn form(kind: &str, body: Bytes, files: &[&str]) -> Result<Form
 }
 
 /// `WIDTHxHEIGHT` or `auto`.
-pub(crate) fn size(text: &str) -> Result<Option<(usize, usize)>, ApiError> {
+pub fn size(text: &str) -> Result<Option<(usize, usize)>, ApiError> {
     if text == "auto" {
         return Ok(None);
     }

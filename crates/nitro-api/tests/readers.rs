@@ -1,7 +1,7 @@
 //! Readers of request bodies meet whatever bytes there are, and answer: property tests that run
 //! everywhere. `fuzz/` has the same readers for cargo-fuzz.
 
-use nitro_server::readers;
+use nitro_api::readers;
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 

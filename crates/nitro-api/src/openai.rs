@@ -1,14 +1,13 @@
 //! The OpenAI Images API's objects, with what we add at top level.
 
 use axum::body::Bytes;
-use nitro_pipeline::InitImage;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::app::Wish;
 use crate::error::ApiError;
-use crate::images::{self, OutputFormat};
 use crate::parse;
+use crate::picture::{self, OutputFormat};
+use crate::wish::{Start, Wish};
 
 /// Previews of one picture that OpenAI's API allows are 3; our page asks for more.
 const MOST_PREVIEWS: u32 = 20;
@@ -19,79 +18,79 @@ const MOST_PREVIEWS: u32 = 20;
 /// `negative_prompt`, `variant`, `strength` and `progress` are ours.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct ImageParameters {
+pub struct ImageParameters {
     /// What the picture shows.
     #[schema(example = "a red circle left of a blue square")]
-    pub(crate) prompt: String,
+    pub prompt: String,
     /// A name from `/v1/models`; the server's model by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) model: Option<String>,
+    pub model: Option<String>,
     /// Number of pictures; picture k has seed + k.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) n: Option<u32>,
+    pub n: Option<u32>,
     /// `WIDTHxHEIGHT` or `auto`, the model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) size: Option<String>,
+    pub size: Option<String>,
     /// `b64_json` (default), or `url` for a data URL.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) response_format: Option<ResponseFormat>,
+    pub response_format: Option<ResponseFormat>,
     /// File format; PNG by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) output_format: Option<OutputFormat>,
+    pub output_format: Option<OutputFormat>,
     /// JPEG quality, 0 to 100; PNG and WebP are lossless.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) output_compression: Option<u8>,
+    pub output_compression: Option<u8>,
     /// Accepted and repeated in the answer; number of steps is what sets quality here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) quality: Option<String>,
+    pub quality: Option<String>,
     /// Accepted, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) style: Option<String>,
+    pub style: Option<String>,
     /// `auto` or `opaque`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) background: Option<String>,
+    pub background: Option<String>,
     /// Accepted, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) moderation: Option<String>,
+    pub moderation: Option<String>,
     /// Accepted, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) input_fidelity: Option<String>,
+    pub input_fidelity: Option<String>,
     /// Accepted, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) user: Option<String>,
+    pub user: Option<String>,
     /// Answer with server-sent events.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) stream: Option<bool>,
+    pub stream: Option<bool>,
     /// Previews of each picture while it is made; needs `stream`. OpenAI allows 3, we 20.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) partial_images: Option<u32>,
+    pub partial_images: Option<u32>,
     /// Seed of the first picture; drawn if absent. The answer tells it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) seed: Option<u64>,
+    pub seed: Option<u64>,
     /// Denoising steps; the variant's by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) num_inference_steps: Option<u32>,
+    pub num_inference_steps: Option<u32>,
     /// How strongly the prompt steers; no guidance at 1 or less; the variant's by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) guidance_scale: Option<f64>,
+    pub guidance_scale: Option<f64>,
     /// What the picture should not show; used with guidance.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) negative_prompt: Option<String>,
+    pub negative_prompt: Option<String>,
     /// One of the variants the server has loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) variant: Option<String>,
+    pub variant: Option<String>,
     /// How much of an edited picture is changed, above 0 to 1 (default 0.75).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) strength: Option<f64>,
+    pub strength: Option<f64>,
     /// With `stream`: also send `nitro.queued` and `nitro.progress` events.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) progress: Option<bool>,
+    pub progress: Option<bool>,
 }
 
 /// How pictures come back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum ResponseFormat {
+pub enum ResponseFormat {
     /// Base64 of the file.
     #[default]
     B64Json,
@@ -102,7 +101,7 @@ pub(crate) enum ResponseFormat {
 /// A form for `/v1/images/edits`.
 #[derive(ToSchema)]
 #[allow(dead_code)] // describes the form; it is read part by part
-pub(crate) struct EditForm {
+pub struct EditForm {
     /// The picture to start from: PNG, JPEG or WebP.
     #[schema(value_type = String, format = Binary)]
     image: Vec<u8>,
@@ -117,7 +116,7 @@ pub(crate) struct EditForm {
 
 impl ImageParameters {
     /// Everything that decides about the answer's form, checked.
-    pub(crate) fn answer(&self) -> Result<Answer, ApiError> {
+    pub fn answer(&self) -> Result<Answer, ApiError> {
         let one_of = |param: &str, value: &Option<String>, known: &[&str]| match value {
             Some(value) if !known.contains(&value.as_str()) => Err(ApiError::bad(
                 param,
@@ -157,7 +156,7 @@ impl ImageParameters {
     }
 
     /// What is to be made.
-    pub(crate) fn wish(self, variant: Option<String>) -> Result<Wish, ApiError> {
+    pub fn wish(self, variant: Option<String>) -> Result<Wish, ApiError> {
         Ok(Wish {
             size: self.size.as_deref().map_or(Ok(None), parse::size)?,
             prompt: self.prompt,
@@ -167,7 +166,7 @@ impl ImageParameters {
             steps: self.num_inference_steps.map(|steps| steps as usize),
             guidance: self.guidance_scale,
             seed: self.seed,
-            init: None,
+            start: None,
             previews: self.partial_images.unwrap_or(0) as usize,
         })
     }
@@ -175,17 +174,23 @@ impl ImageParameters {
 
 /// The form of an answer.
 #[derive(Clone, Debug)]
-pub(crate) struct Answer {
-    pub(crate) stream: bool,
-    pub(crate) progress: bool,
-    pub(crate) format: OutputFormat,
-    pub(crate) jpeg_quality: u8,
-    pub(crate) response_format: ResponseFormat,
-    pub(crate) quality: String,
+pub struct Answer {
+    /// As server-sent events.
+    pub stream: bool,
+    /// With our own events among them.
+    pub progress: bool,
+    /// Of the files.
+    pub format: OutputFormat,
+    /// Of JPEG files, 0 to 100.
+    pub jpeg_quality: u8,
+    /// How files come.
+    pub response_format: ResponseFormat,
+    /// What the client called its quality.
+    pub quality: String,
 }
 
 /// Reads the body of a generation.
-pub(crate) fn generation(body: &[u8]) -> Result<ImageParameters, ApiError> {
+pub fn generation(body: &[u8]) -> Result<ImageParameters, ApiError> {
     let parameters: ImageParameters = parse::json(body)?;
     if parameters.strength.is_some() {
         let message = "strength belongs to /v1/images/edits, where there is a picture to change";
@@ -195,15 +200,17 @@ pub(crate) fn generation(body: &[u8]) -> Result<ImageParameters, ApiError> {
 }
 
 /// An edit's parameters and the files of its picture and mask.
-pub(crate) struct Edit {
-    pub(crate) parameters: ImageParameters,
+#[derive(Debug)]
+pub struct Edit {
+    /// Everything but the files.
+    pub parameters: ImageParameters,
     image: Bytes,
     mask: Option<Bytes>,
 }
 
 /// Reads the form of an edit.
-pub(crate) async fn edit(kind: &str, body: Bytes) -> Result<Edit, ApiError> {
-    let form = parse::form(kind, body, &["image", "mask"]).await?;
+pub fn edit(kind: &str, body: Bytes) -> Result<Edit, ApiError> {
+    let form = parse::form(kind, body, &["image", "mask"])?;
     let (mut image, mut mask) = (None, None);
     for (name, bytes) in form.files {
         let place = match name.as_str() {
@@ -229,13 +236,13 @@ pub(crate) async fn edit(kind: &str, body: Bytes) -> Result<Edit, ApiError> {
 
 impl Edit {
     /// Decodes the pictures. Computes: not for threads that serve connections.
-    pub(crate) fn init(&self) -> Result<InitImage, ApiError> {
-        let image = images::decode("image", &self.image)?;
+    pub fn start(&self) -> Result<Start, ApiError> {
+        let image = picture::decode("image", &self.image)?;
         let mask = match &self.mask {
-            Some(mask) => Some(images::mask_of(images::decode("mask", mask)?)),
-            None => images::transparent_part(&image),
+            Some(mask) => Some(picture::mask_of(picture::decode("mask", mask)?)),
+            None => picture::transparent_part(&image),
         };
-        Ok(InitImage {
+        Ok(Start {
             image: image.into_rgb8(),
             strength: self.parameters.strength.unwrap_or(0.75),
             mask,
@@ -245,132 +252,171 @@ impl Edit {
 
 /// The pictures of a request.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct ImagesResponse {
+pub struct ImagesResponse {
     /// Unix time.
-    pub(crate) created: u64,
-    pub(crate) data: Vec<Image>,
-    pub(crate) background: String,
-    pub(crate) output_format: OutputFormat,
-    pub(crate) quality: String,
-    pub(crate) size: String,
-    pub(crate) usage: Usage,
+    pub created: u64,
+    /// In order of their seeds.
+    pub data: Vec<Image>,
+    /// `opaque`.
+    pub background: String,
+    /// Of the files.
+    pub output_format: OutputFormat,
+    /// As the request had it, or `auto`.
+    pub quality: String,
+    /// `WIDTHxHEIGHT`.
+    pub size: String,
+    /// In tokens.
+    pub usage: Usage,
     /// What did not go as the request may have meant: prompts longer than the text encoder reads.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(crate) warnings: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// One picture.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct Image {
+pub struct Image {
+    /// The file in base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) b64_json: Option<String>,
+    pub b64_json: Option<String>,
+    /// The file as a `data:` URL.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) url: Option<String>,
+    pub url: Option<String>,
     /// The seed that gives this picture again, alone or in any batch.
-    pub(crate) seed: u64,
+    pub seed: u64,
     /// All parameters in AUTOMATIC1111's form, as the file carries them.
-    pub(crate) parameters: String,
+    pub parameters: String,
 }
 
 /// What a request cost, in tokens as OpenAI counts them.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-pub(crate) struct Usage {
-    pub(crate) input_tokens: u64,
-    pub(crate) input_tokens_details: InputTokens,
+pub struct Usage {
+    /// Text tokens, and image tokens of a picture to start from.
+    pub input_tokens: u64,
+    /// Their parts.
+    pub input_tokens_details: InputTokens,
     /// Image tokens that the transformer denoised.
-    pub(crate) output_tokens: u64,
-    pub(crate) total_tokens: u64,
+    pub output_tokens: u64,
+    /// Both.
+    pub total_tokens: u64,
 }
 
 /// Parts of the input.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
-pub(crate) struct InputTokens {
-    pub(crate) text_tokens: u64,
-    pub(crate) image_tokens: u64,
+pub struct InputTokens {
+    /// Tokens the prompt is padded or cut to.
+    pub text_tokens: u64,
+    /// Of a picture to start from.
+    pub image_tokens: u64,
 }
 
 /// A server-sent event of a streamed request.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct ImageEvent {
+pub struct ImageEvent {
     /// `image_generation.partial_image`, `image_generation.completed`, `image_edit.partial_image` or
     /// `image_edit.completed`.
     #[serde(rename = "type")]
-    pub(crate) kind: String,
-    pub(crate) b64_json: String,
+    pub kind: String,
+    /// The file in base64.
+    pub b64_json: String,
     /// Unix time.
-    pub(crate) created_at: u64,
-    pub(crate) size: String,
-    pub(crate) quality: String,
-    pub(crate) background: String,
-    pub(crate) output_format: OutputFormat,
+    pub created_at: u64,
+    /// `WIDTHxHEIGHT`.
+    pub size: String,
+    /// As the request had it, or `auto`.
+    pub quality: String,
+    /// `opaque`.
+    pub background: String,
+    /// Of the file.
+    pub output_format: OutputFormat,
     /// Which picture of the request.
-    pub(crate) image_index: usize,
+    pub image_index: usize,
     /// Which preview of it, from 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) partial_image_index: Option<usize>,
+    pub partial_image_index: Option<usize>,
     /// Of a finished picture.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) usage: Option<Usage>,
+    pub usage: Option<Usage>,
+    /// Of a finished picture: the seed that gives it again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) seed: Option<u64>,
+    pub seed: Option<u64>,
+    /// Of a finished picture: all parameters in AUTOMATIC1111's form.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) parameters: Option<String>,
+    pub parameters: Option<String>,
 }
 
 /// A server-sent event for requests with `progress: true`.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type")]
-pub(crate) enum ProgressEvent {
-    /// Requests that come before this one.
+pub enum ProgressEvent {
+    /// The request waits.
     #[serde(rename = "nitro.queued")]
-    Queued { ahead: usize },
+    Queued {
+        /// Requests that come before this one.
+        ahead: usize,
+    },
     /// Work has begun.
     #[serde(rename = "nitro.started")]
-    Started { warnings: Vec<String> },
+    Started {
+        /// Prompts longer than the text encoder reads.
+        warnings: Vec<String>,
+    },
     /// A picture made a step.
     #[serde(rename = "nitro.progress")]
     Progress {
+        /// Which picture of the request.
         image_index: usize,
+        /// Steps made.
         step: usize,
+        /// Steps in all.
         steps: usize,
     },
 }
 
 /// The models of `/v1/models`.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct ModelList {
+pub struct ModelList {
     /// `list`.
-    pub(crate) object: String,
-    pub(crate) data: Vec<Model>,
+    pub object: String,
+    /// The default one first.
+    pub data: Vec<Model>,
 }
 
 /// One model: the server's, or one of its variants.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct Model {
-    pub(crate) id: String,
+pub struct Model {
+    /// The name to ask for it by.
+    pub id: String,
     /// `model`.
-    pub(crate) object: String,
+    pub object: String,
     /// Unix time.
-    pub(crate) created: u64,
-    pub(crate) owned_by: String,
+    pub created: u64,
+    /// `nitro`.
+    pub owned_by: String,
     /// What the model does when a request does not say.
-    pub(crate) nitro: ModelDefaults,
+    pub nitro: ModelDefaults,
 }
 
 /// A variant's defaults, and this server's limits.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct ModelDefaults {
+pub struct ModelDefaults {
     /// Name of the model, as pictures carry it and the command line knows it.
-    pub(crate) model: String,
-    pub(crate) variant: String,
-    pub(crate) steps: usize,
-    pub(crate) guidance_scale: f64,
+    pub model: String,
+    /// Its variant.
+    pub variant: String,
+    /// Denoising steps.
+    pub steps: usize,
+    /// How strongly the prompt steers.
+    pub guidance_scale: f64,
     /// Side of its pictures in pixels.
-    pub(crate) resolution: usize,
-    pub(crate) max_steps: usize,
-    pub(crate) max_images: usize,
-    pub(crate) max_side: usize,
-    pub(crate) max_prompt_bytes: usize,
+    pub resolution: usize,
+    /// Most steps of a request here.
+    pub max_steps: usize,
+    /// Most pictures of a request here.
+    pub max_images: usize,
+    /// Longest side here.
+    pub max_side: usize,
+    /// Longest prompt here.
+    pub max_prompt_bytes: usize,
     /// Further arguments with which `nitro generate` uses this model in the same way.
-    pub(crate) command_line: String,
+    pub command_line: String,
 }

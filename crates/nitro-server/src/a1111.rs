@@ -1,10 +1,7 @@
 //! `/sdapi/v1`: the API of AUTOMATIC1111's web UI, enough for its clients.
 
-pub(crate) mod types;
-
 use std::sync::Arc;
 
-use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::response::{IntoResponse, Response};
@@ -12,41 +9,56 @@ use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use nitro_api::a1111::{
+    self as api, Info, Options, Pictures, PngInfo, PngInfoRequest, Progress, ProgressQuery,
+    ProgressState, Sampler, SdError, SdModel, Txt2Img,
+};
+use nitro_api::picture::OutputFormat;
+use nitro_api::{ApiError, Wish, parse};
+use nitro_pipeline::picture::{Parameters, infotext};
 use serde_json::{Value, json};
 
-use self::types::{
-    Info, Options, Pictures, Progress, ProgressQuery, ProgressState, Sampler, SdError, SdModel,
-    Txt2Img,
-};
-use crate::app::{App, Finished, Wish, aside, encoded};
+use crate::app::{App, Finished, encoded};
 use crate::client::Client;
 use crate::engine::Source;
-use crate::error::ApiError;
-use crate::images::OutputFormat;
 use crate::openai::{model_names, variant_of};
-use crate::parse;
 
 /// The only sampler there is; the one that flow matching models use.
 const SAMPLER: &str = "Euler";
 
+/// Menus in which there is nothing to choose here: clients fill them when they start.
+pub(crate) const EMPTY_MENUS: [&str; 8] = [
+    "/sdapi/v1/face-restorers",
+    "/sdapi/v1/hypernetworks",
+    "/sdapi/v1/latent-upscale-modes",
+    "/sdapi/v1/loras",
+    "/sdapi/v1/prompt-styles",
+    "/sdapi/v1/realesrgan-models",
+    "/sdapi/v1/sd-vae",
+    "/sdapi/v1/upscalers",
+];
+
 /// All routes.
 pub(crate) fn routes() -> Router<Arc<App>> {
     let nothing = || async { Json(Value::Array(Vec::new())) };
-    Router::new()
+    let menus = EMPTY_MENUS
+        .iter()
+        .fold(Router::new(), |menus, path| menus.route(path, get(nothing)));
+    menus
         .route("/sdapi/v1/txt2img", post(txt2img))
         .route("/sdapi/v1/img2img", post(img2img))
         .route("/sdapi/v1/progress", get(progress))
         .route("/sdapi/v1/interrupt", post(interrupt))
-        .route("/sdapi/v1/skip", post(interrupt))
+        .route("/sdapi/v1/skip", post(skip))
         .route("/sdapi/v1/samplers", get(samplers))
         .route("/sdapi/v1/schedulers", get(schedulers))
         .route("/sdapi/v1/sd-models", get(sd_models))
         .route("/sdapi/v1/options", get(options).post(set_options))
-        // Clients fill menus from these; there is nothing to choose.
-        .route("/sdapi/v1/upscalers", get(nothing))
-        .route("/sdapi/v1/loras", get(nothing))
-        .route("/sdapi/v1/sd-vae", get(nothing))
-        .route("/sdapi/v1/prompt-styles", get(nothing))
+        .route("/sdapi/v1/png-info", post(png_info))
+        .route("/sdapi/v1/scripts", get(scripts))
+        .route("/sdapi/v1/embeddings", get(embeddings))
+        .route("/sdapi/v1/cmd-flags", get(cmd_flags))
+        .route("/sdapi/v1/refresh-checkpoints", post(refresh_checkpoints))
 }
 
 /// Errors as clients of that server read them.
@@ -69,19 +81,16 @@ pub(crate) async fn reword(response: Response) -> Response {
     path = "/sdapi/v1/txt2img",
     tag = "AUTOMATIC1111",
     request_body = Txt2Img,
-    responses(
-        (status = 200, description = "The pictures", body = Pictures),
-        (status = 400, description = "The request cannot be carried out", body = SdError),
-        (status = 429, description = "The queue is full or a limit is reached", body = SdError),
-    )
+    responses((status = 200, description = "The pictures", body = Pictures))
 )]
 pub(crate) async fn txt2img(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
     request: Request,
 ) -> Result<Json<Pictures>, ApiError> {
-    let body = body(&app, request).await?;
-    let request = types::request(&body)?;
+    let body = app.bodies.read_json(request).await?;
+    let request = api::request(&body.bytes)?;
+    drop(body);
     let variant = variant_of(&app, request.model())?;
     let wish = request.wish(variant);
     make(&app, &client, &request, wish).await
@@ -93,35 +102,25 @@ pub(crate) async fn txt2img(
     path = "/sdapi/v1/img2img",
     tag = "AUTOMATIC1111",
     request_body = Txt2Img,
-    responses(
-        (status = 200, description = "The pictures", body = Pictures),
-        (status = 400, description = "The request cannot be carried out", body = SdError),
-    )
+    responses((status = 200, description = "The pictures", body = Pictures))
 )]
 pub(crate) async fn img2img(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
     request: Request,
 ) -> Result<Json<Pictures>, ApiError> {
-    let body = body(&app, request).await?;
-    let request = types::request(&body)?;
+    let body = app.bodies.read_json(request).await?;
+    let mut request = api::request(&body.bytes)?;
     let variant = variant_of(&app, request.model())?;
-    app.engine()?;
-    let (request, init) = aside(move || {
-        let init = request.init()?;
-        Ok((request, init))
-    })
-    .await?;
-    let wish = Wish {
-        init: Some(init),
-        ..request.wish(variant)
+    let wish = request.wish(variant);
+    let pictures = request.take_pictures();
+    let decode = move || {
+        let start = pictures.start();
+        drop((pictures, body));
+        start
     };
-    make(&app, &client, &request, wish).await
-}
-
-async fn body(app: &App, request: Request) -> Result<Bytes, ApiError> {
-    parse::expect_json(&request)?;
-    parse::body(request, &app.options.limits).await
+    let start = Some(app.start(&wish, decode).await?);
+    make(&app, &client, &request, Wish { start, ..wish }).await
 }
 
 async fn make(
@@ -160,9 +159,7 @@ fn info(finished: &Finished, side: u32) -> Info {
     let each = || finished.pictures.iter().map(|p| &p.parameters);
     // An interruption before the first step leaves no picture.
     let first = each().next();
-    let text = |of: fn(&nitro_pipeline::picture::Parameters) -> &String| {
-        first.map(of).cloned().unwrap_or_default()
-    };
+    let text = |of: fn(&Parameters) -> &String| first.map(of).cloned().unwrap_or_default();
     Info {
         prompt: text(|p| &p.prompt),
         all_prompts: each().map(|p| p.prompt.clone()).collect(),
@@ -245,6 +242,20 @@ pub(crate) async fn interrupt(
     Ok(Json(json!({})))
 }
 
+/// The same as `interrupt`: pictures of a request are made together, so none of them comes next.
+#[utoipa::path(
+    post,
+    path = "/sdapi/v1/skip",
+    tag = "AUTOMATIC1111",
+    responses((status = 200, description = "Noted", body = Object))
+)]
+pub(crate) async fn skip(
+    app: State<Arc<App>>,
+    client: Extension<Client>,
+) -> Result<Json<Value>, ApiError> {
+    interrupt(app, client).await
+}
+
 /// The samplers.
 #[utoipa::path(
     get,
@@ -260,7 +271,14 @@ pub(crate) async fn samplers() -> Json<Vec<Sampler>> {
     }])
 }
 
-async fn schedulers() -> Json<Value> {
+/// The schedulers.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/schedulers",
+    tag = "AUTOMATIC1111",
+    responses((status = 200, description = "The one scheduler", body = Vec<Object>))
+)]
+pub(crate) async fn schedulers() -> Json<Value> {
     Json(
         json!([{"name": "automatic", "label": "Automatic", "aliases": null,
         "default_rho": -1, "need_inner_model": false}]),
@@ -308,18 +326,94 @@ pub(crate) async fn options(State(app): State<Arc<App>>) -> Result<Json<Options>
     path = "/sdapi/v1/options",
     tag = "AUTOMATIC1111",
     request_body = Object,
-    responses(
-        (status = 200, description = "Nothing had to change", body = Object),
-        (status = 404, description = "There is no such model", body = SdError),
-    )
+    responses((status = 200, description = "Nothing had to change", body = Object))
 )]
 pub(crate) async fn set_options(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let body = body(&app, request).await?;
-    let settings: serde_json::Map<String, Value> = parse::json(&body)?;
+    let body = app.bodies.read_json(request).await?;
+    let settings: serde_json::Map<String, Value> = parse::json(&body.bytes)?;
     let model = settings.get("sd_model_checkpoint").and_then(Value::as_str);
     variant_of(&app, model)?;
     Ok(Json(json!({})).into_response())
+}
+
+/// The parameters that a PNG carries.
+#[utoipa::path(
+    post,
+    path = "/sdapi/v1/png-info",
+    tag = "AUTOMATIC1111",
+    request_body = PngInfoRequest,
+    responses((status = 200, description = "Its parameters; empty without any", body = PngInfo))
+)]
+pub(crate) async fn png_info(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<PngInfo>, ApiError> {
+    let body = app.bodies.read_json(request).await?;
+    let file = api::png_info(&body.bytes)?;
+    let text = infotext(&file).map_err(|error| ApiError::bad("image", error.to_string()))?;
+    let text = text.unwrap_or_default();
+    let parameters = match Parameters::from_infotext(&text) {
+        Ok(p) => json!({
+            "Prompt": p.prompt,
+            "Negative prompt": p.negative_prompt,
+            "Steps": p.steps,
+            "CFG scale": p.guidance_scale,
+            "Seed": p.seed,
+            "Size": format!("{}x{}", p.width, p.height),
+            "Model": p.model,
+        }),
+        Err(_) => json!({}),
+    };
+    Ok(Json(PngInfo {
+        items: json!({"parameters": text}),
+        info: text,
+        parameters,
+    }))
+}
+
+/// The scripts.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/scripts",
+    tag = "AUTOMATIC1111",
+    responses((status = 200, description = "None", body = Object))
+)]
+pub(crate) async fn scripts() -> Json<Value> {
+    Json(json!({"txt2img": [], "img2img": []}))
+}
+
+/// The embeddings.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/embeddings",
+    tag = "AUTOMATIC1111",
+    responses((status = 200, description = "None", body = Object))
+)]
+pub(crate) async fn embeddings() -> Json<Value> {
+    Json(json!({"loaded": {}, "skipped": {}}))
+}
+
+/// The command line's flags; ours are nobody's business.
+#[utoipa::path(
+    get,
+    path = "/sdapi/v1/cmd-flags",
+    tag = "AUTOMATIC1111",
+    responses((status = 200, description = "None", body = Object))
+)]
+pub(crate) async fn cmd_flags() -> Json<Value> {
+    Json(json!({}))
+}
+
+/// Looks for new models; there is the one the server was started with.
+#[utoipa::path(
+    post,
+    path = "/sdapi/v1/refresh-checkpoints",
+    tag = "AUTOMATIC1111",
+    responses((status = 200, description = "Nothing to do", body = Object))
+)]
+pub(crate) async fn refresh_checkpoints() -> Json<Value> {
+    Json(json!({}))
 }

@@ -5,41 +5,37 @@ use std::time::Duration;
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use nitro_pipeline::PipelineError;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::client::Unauthorized;
-use crate::engine::{Failure, Refusal};
-use crate::shares::Exceeded;
-
 /// An error answer.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct ErrorBody {
-    pub(crate) error: ErrorDetail,
+pub struct ErrorBody {
+    /// The error.
+    pub error: ErrorDetail,
 }
 
 /// What went wrong.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct ErrorDetail {
+pub struct ErrorDetail {
     /// For people: what was wrong and what is expected.
-    pub(crate) message: String,
+    pub message: String,
     /// Kind of error: `invalid_request_error`, `authentication_error`, `rate_limit_error`,
     /// `server_error`.
     #[serde(rename = "type")]
-    pub(crate) kind: String,
+    pub kind: String,
     /// The parameter at fault, if it is one.
-    pub(crate) param: Option<String>,
+    pub param: Option<String>,
     /// For programs.
-    pub(crate) code: Option<String>,
+    pub code: Option<String>,
     /// Requests before this one, where the queue had no room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) queue_position: Option<usize>,
+    pub queue_position: Option<usize>,
 }
 
 /// An error on its way to the client. Boxed: answers are mostly not errors.
 #[derive(Clone, Debug)]
-pub(crate) struct ApiError(Box<Inner>);
+pub struct ApiError(Box<Inner>);
 
 #[derive(Clone, Debug)]
 struct Inner {
@@ -52,7 +48,8 @@ struct Inner {
 const QUEUE_POSITION: HeaderName = HeaderName::from_static("x-queue-position");
 
 impl ApiError {
-    pub(crate) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
+    /// An error with a code for programs and a message for people.
+    pub fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
         let kind = match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "authentication_error",
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
@@ -73,21 +70,30 @@ impl ApiError {
     }
 
     /// A parameter has a value that cannot be used.
-    pub(crate) fn bad(param: &str, message: impl Into<String>) -> Self {
+    pub fn bad(param: &str, message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_value", message).param(param)
     }
 
-    pub(crate) fn param(mut self, param: &str) -> Self {
+    /// Names the parameter at fault.
+    pub fn param(mut self, param: &str) -> Self {
         self.0.detail.param = Some(param.to_owned());
         self
     }
 
-    fn retry(mut self, after: Duration) -> Self {
+    /// Says when to ask again.
+    pub fn retry(mut self, after: Duration) -> Self {
         self.0.retry = Some(after);
         self
     }
 
-    pub(crate) fn internal() -> Self {
+    /// Says how many requests would have been before this one.
+    pub fn queue_position(mut self, ahead: usize) -> Self {
+        self.0.detail.queue_position = Some(ahead);
+        self
+    }
+
+    /// The server failed.
+    pub fn internal() -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "internal_error",
@@ -95,7 +101,8 @@ impl ApiError {
         )
     }
 
-    pub(crate) fn stopping() -> Self {
+    /// The server is being stopped.
+    pub fn stopping() -> Self {
         Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "stopping",
@@ -104,7 +111,13 @@ impl ApiError {
         .retry(Duration::from_secs(5))
     }
 
-    pub(crate) fn loading() -> Self {
+    /// There is no room for this request at the moment.
+    pub fn busy(message: &str) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message).retry(Duration::from_secs(2))
+    }
+
+    /// The server is not ready yet.
+    pub fn loading() -> Self {
         Self::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "loading",
@@ -113,7 +126,8 @@ impl ApiError {
         .retry(Duration::from_secs(2))
     }
 
-    pub(crate) fn timeout(after: Duration) -> Self {
+    /// The work took too long.
+    pub fn timeout(after: Duration) -> Self {
         Self::new(
             StatusCode::GATEWAY_TIMEOUT,
             "timeout",
@@ -124,12 +138,13 @@ impl ApiError {
         )
     }
 
-    pub(crate) fn detail(&self) -> &ErrorDetail {
+    /// What the client reads.
+    pub fn detail(&self) -> &ErrorDetail {
         &self.0.detail
     }
 
     /// The code, as a reason for metrics.
-    pub(crate) fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> &'static str {
         match self.0.status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "key",
             StatusCode::TOO_MANY_REQUESTS if self.0.detail.queue_position.is_some() => "queue",
@@ -142,7 +157,7 @@ impl ApiError {
     }
 
     /// The same headers around another body.
-    pub(crate) fn respond(&self, body: impl IntoResponse) -> Response {
+    pub fn respond(&self, body: impl IntoResponse) -> Response {
         let mut response = (self.0.status, body).into_response();
         let headers = response.headers_mut();
         if let Some(retry) = self.0.retry {
@@ -167,97 +182,5 @@ impl IntoResponse for ApiError {
             error: self.0.detail.clone(),
         };
         self.respond(Json(body))
-    }
-}
-
-impl From<Unauthorized> for ApiError {
-    fn from(why: Unauthorized) -> Self {
-        let message = match why {
-            Unauthorized::Missing => {
-                "this server wants an API key: send it as `Authorization: Bearer KEY`"
-            }
-            Unauthorized::Wrong => "the API key is not one of this server's",
-        };
-        Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
-    }
-}
-
-impl From<Exceeded> for ApiError {
-    fn from(exceeded: Exceeded) -> Self {
-        let (message, retry) = match exceeded {
-            Exceeded::Requests { limit } => (
-                format!("you have {limit} requests under way, your limit"),
-                Duration::from_secs(1),
-            ),
-            Exceeded::Pictures { limit, wait } => (
-                format!("more than {limit} pictures in a minute, your limit"),
-                wait,
-            ),
-        };
-        Self::new(
-            StatusCode::TOO_MANY_REQUESTS,
-            "rate_limit_exceeded",
-            message,
-        )
-        .retry(retry)
-    }
-}
-
-impl From<&PipelineError> for ApiError {
-    fn from(error: &PipelineError) -> Self {
-        if !error.is_bad_request() {
-            return Self::internal();
-        }
-        let message = error.to_string();
-        // The pipeline's messages begin with the setting they are about.
-        let param = [
-            ("size", "size"),
-            ("steps", "num_inference_steps"),
-            ("guidance", "guidance_scale"),
-            ("prompt", "prompt"),
-            ("no prompt", "prompt"),
-            ("strength", "strength"),
-            ("the mask", "mask"),
-            ("number of images", "n"),
-        ]
-        .into_iter()
-        .find(|(start, _)| message.starts_with(start));
-        let found = Self::new(StatusCode::BAD_REQUEST, "invalid_value", message);
-        match param {
-            Some((_, param)) => found.param(param),
-            None => found,
-        }
-    }
-}
-
-impl From<Refusal> for ApiError {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Impossible(error) => Self::from(&error),
-            Refusal::Stopping => Self::stopping(),
-            Refusal::Full { ahead, retry } => {
-                let mut error = Self::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    "queue_full",
-                    format!("the queue is full, {ahead} requests wait; ask again later"),
-                )
-                .retry(retry);
-                error.0.detail.queue_position = Some(ahead);
-                error
-            }
-        }
-    }
-}
-
-impl From<Failure> for ApiError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Pipeline {
-                message,
-                bad_request: true,
-            } => Self::new(StatusCode::BAD_REQUEST, "invalid_value", message),
-            Failure::Pipeline { .. } | Failure::Crashed => Self::internal(),
-            Failure::Stopped => Self::stopping(),
-        }
     }
 }
