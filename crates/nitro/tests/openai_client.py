@@ -54,6 +54,35 @@ edited = client.images.edit(
 )
 assert size_of(base64.b64decode(edited.data[0].b64_json)) == (128, 128)
 
+# A mask, another format, events of an edit, and the same picture for the same seed.
+again = client.images.edit(
+    model=models[0],
+    image=io.BytesIO(pictures[0]),
+    mask=io.BytesIO(pictures[1]),
+    prompt="a blue square",
+    output_format="webp",
+    extra_body={"seed": 1, "num_inference_steps": 2, "strength": 0.5},
+)
+assert base64.b64decode(again.data[0].b64_json).startswith(b"RIFF")
+stream = client.images.edit(
+    model=models[0],
+    image=io.BytesIO(pictures[0]),
+    prompt="a blue square",
+    stream=True,
+    partial_images=1,
+    extra_body={"seed": 1, "num_inference_steps": 4, "strength": 0.5},
+)
+events = [event.type for event in stream]
+assert events == ["image_edit.partial_image", "image_edit.completed"], events
+same = client.images.generate(
+    model=models[0],
+    prompt="a red circle",
+    extra_body={"seed": 8, "num_inference_steps": 2, "variant": "base"},
+)
+assert base64.b64decode(same.data[0].b64_json) == pictures[1]
+raw = client.models.with_raw_response.list()
+assert raw.headers["x-request-id"]
+
 
 def refused(kind, **request):
     try:

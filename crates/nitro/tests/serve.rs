@@ -98,32 +98,48 @@ fn it_does_not_start_where_it_should_not() {
     assert!(said.contains("no-such-model"), "{said}");
 }
 
-/// A Python that has the `openai` package: that of `NITRO_OPENAI_PYTHON`, or the system's.
-fn openai_python() -> Option<PathBuf> {
-    let named = std::env::var_os("NITRO_OPENAI_PYTHON").map(PathBuf::from);
+/// A Python that has `package`: that of `NITRO_CLIENTS_PYTHON`, or the system's.
+fn python_with(package: &str) -> Option<PathBuf> {
+    let named = std::env::var_os("NITRO_CLIENTS_PYTHON").map(PathBuf::from);
     let python = named.unwrap_or_else(|| "python3".into());
-    let has = Command::new(&python).args(["-c", "import openai"]).output();
-    has.is_ok_and(|output| output.status.success())
-        .then_some(python)
+    let has = Command::new(&python)
+        .args(["-c", &format!("import {package}")])
+        .output();
+    if has.is_ok_and(|output| output.status.success()) {
+        return Some(python);
+    }
+    eprintln!("skipped: no Python with the package `{package}` (NITRO_CLIENTS_PYTHON names one)");
+    None
+}
+
+const KEY: &str = "sk-0123456789abcdef";
+
+/// Runs a client's script against a server with a key; `to` makes its first argument from the URL.
+fn client_works(package: &str, script: &str, to: impl Fn(&str) -> String) {
+    let Some(python) = python_with(package) else {
+        return;
+    };
+    let home = tempfile::tempdir().unwrap();
+    std::fs::write(home.path().join("keys"), format!("test {KEY}\n")).unwrap();
+    let service = Service::start(home.path(), &["--keys", "keys"]);
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let output = Command::new(python)
+        .arg(tests.join(script))
+        .args([&to(&service.url), KEY])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
 }
 
 #[test]
 fn the_official_openai_client_works() {
-    let Some(python) = openai_python() else {
-        eprintln!("skipped: no Python with the package `openai` (NITRO_OPENAI_PYTHON names one)");
-        return;
-    };
-    let home = tempfile::tempdir().unwrap();
-    let keys = home.path().join("keys");
-    std::fs::write(&keys, "test sk-0123456789abcdef\n").unwrap();
-    let service = Service::start(home.path(), &["--keys", "keys"]);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py");
-    let output = Command::new(python)
-        .arg(script)
-        .args([&service.url, "sk-0123456789abcdef"])
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", said(&output));
+    client_works("openai", "openai_client.py", str::to_owned);
+}
+
+#[test]
+fn a_client_of_automatic1111_works() {
+    let port = |url: &str| url.rsplit(':').next().unwrap().to_owned();
+    client_works("webuiapi", "webui_client.py", port);
 }
 
 /// Whether a picture shows one object of this class.
@@ -157,6 +173,24 @@ fn the_page_in_a_browser() {
         ),
         json!([])
     );
+
+    // Words can be read in both themes: WCAG's contrast of 4.5 everywhere.
+    for theme in ["light", "dark"] {
+        browser.until(&format!(
+            "(document.documentElement.dataset.theme === '{theme}') || (document.getElementById('theme').click(), false)"
+        ));
+        assert_eq!(browser.eval(FAINT), json!([]), "{theme}");
+    }
+    browser.click("#theme");
+
+    // `?` lists the keys, Escape closes the list, `/` goes to the prompt.
+    browser.type_into("body", "?");
+    browser.until("document.getElementById('help').open");
+    assert_eq!(browser.eval(FAINT), json!([]));
+    browser.type_into("#help", "\u{e00c}");
+    browser.until("!document.getElementById('help').open");
+    browser.type_into("body", "/");
+    browser.until("document.activeElement.id === 'prompt'");
 
     // Type a prompt, paint with the keyboard, see previews, get four pictures.
     browser.type_into("#prompt", "a picture of a heart");
@@ -205,8 +239,9 @@ fn the_page_in_a_browser() {
         "{copied}"
     );
 
-    // Image to image from it.
-    browser.click("#start-from");
+    // Image to image from it, by its key; the focus goes where one writes on.
+    browser.type_into("#viewer", "i");
+    browser.until("document.activeElement.id === 'prompt'");
     browser.until("!document.getElementById('init').hidden");
     browser.fill("#count", "1");
     browser.click("#go");
@@ -251,6 +286,56 @@ fn the_page_in_a_browser() {
         browser.fill("#steps", "20");
         save("page.png");
     }
+}
+
+/// What is written in too little contrast to what is behind it.
+const FAINT: &str = "(() => { \
+    const light = colour => { \
+        const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(Number) \
+            .map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); \
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b; }; \
+    const behind = e => { \
+        for (; e; e = e.parentElement) { \
+            const colour = getComputedStyle(e).backgroundColor; \
+            if (!colour.endsWith(', 0)')) return colour; } \
+        return 'rgb(255, 255, 255)'; }; \
+    return [...document.querySelectorAll('h1, h2, p, label, button, input, textarea, select, dt, dd, kbd')] \
+        .filter(e => e.checkVisibility()) \
+        .filter(e => { \
+            const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x); \
+            return (a + 0.05) / (b + 0.05) < 4.5; }) \
+        .map(e => e.id || e.textContent); })()";
+
+#[test]
+fn those_who_wait_see_their_place_on_the_page() {
+    let home = tempfile::tempdir().unwrap();
+    let Some(browser) = Browser::start(&home.path().join("profile")) else {
+        return;
+    };
+    let service = Service::start(home.path(), &["--max-batch", "1"]);
+    browser.open(&service.url);
+    browser.until("document.getElementById('steps').value === '20'");
+    browser.type_into("#prompt", "a ring");
+    browser.fill("#steps", "100");
+    browser.fill("#count", "10");
+    browser.click("#go");
+    browser.until("document.querySelector('.note')?.textContent.startsWith('step')");
+    browser.fill("#count", "1");
+    // The newest is on top. Fair queueing lets single pictures in between those of the large request, so
+    // only the last two wait for sure.
+    browser.click("#go");
+    browser.click("#go");
+    browser.click("#go");
+    browser.until(
+        "[...document.querySelectorAll('.note')].some(n => /^waiting, [12] before you$/.test(n.textContent))",
+    );
+    // Escape takes back the newest, again and again.
+    browser.until("document.querySelectorAll('.job').length <= 4");
+    let jobs = "document.querySelectorAll('.job').length";
+    while browser.eval(jobs) != 0 {
+        browser.type_into("body", "\u{e00c}");
+    }
+    browser.until("document.getElementById('message').textContent === ''");
 }
 
 /// The gallery's pictures from the browser's database, newest first, in base64.
