@@ -32,7 +32,7 @@ pub(crate) struct App {
     pub(crate) shares: Shares,
     pub(crate) bodies: Bodies,
     /// Pictures of clients that are decoded at once.
-    decoding: Semaphore,
+    decoding: Arc<Semaphore>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) draining: AtomicBool,
     /// Unix time at which the server was started; models were "created" then.
@@ -71,7 +71,7 @@ impl App {
         Self {
             shares: Shares::new(options.client_limits),
             bodies: Bodies::new(options.limits),
-            decoding: Semaphore::new(DECODED_AT_ONCE),
+            decoding: Arc::new(Semaphore::new(DECODED_AT_ONCE)),
             engine: OnceLock::new(),
             metrics: Arc::new(Metrics::new()),
             draining: AtomicBool::new(false),
@@ -114,8 +114,10 @@ impl App {
             _ => own,
         };
         // It is never closed.
-        let _turn = self.decoding.acquire().await;
+        let turn = self.decoding.clone().acquire_owned().await;
         aside(move || {
+            // The work goes on where the client has left meanwhile: its turn lasts as long.
+            let _turn = turn;
             let Start {
                 image,
                 strength,
