@@ -318,7 +318,9 @@ function shortcut(event) {
       ArrowLeft: () => neighbour(-1), ArrowRight: () => neighbour(1), c: copy,
       d: () => $("download").click(), i: startFrom, u: reuse,
     };
-    actions[event.key]?.();
+    if (!actions[event.key]) return;
+    event.preventDefault(); // or the letter is typed where the focus goes
+    actions[event.key]();
   } else if (event.key === "/") {
     event.preventDefault();
     $("prompt").focus();

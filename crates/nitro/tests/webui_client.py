@@ -34,8 +34,9 @@ assert [image.size for image in made.images] == [(128, 128)] * 2
 assert made.info["all_seeds"] == [7, 8], made.info
 assert made.image.info["parameters"].startswith("a red circle"), made.image.info
 
-# `png_info` sends the picture without its text, as this client saves it anew.
-assert api.png_info(made.image).info == ""
+told = api.png_info(made.image)
+assert told.info == made.info["infotexts"][0], told.info
+assert told.parameters["Seed"] == 7, told.parameters
 
 changed = api.img2img(
     images=[made.image], prompt="a blue square", seed=1, width=128, height=128, denoising_strength=0.5
