@@ -115,7 +115,7 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let progress = Progress::new(quiet);
     let result = args
         .model
-        .load(request.width.or(request.height), &progress)
+        .load_on_demand(request.width.or(request.height), &progress)
         .and_then(|pipeline| {
             let output = interrupt::watched(|| {
                 pipeline.generate_observed(&request, &mut |event| progress.follow(event))
