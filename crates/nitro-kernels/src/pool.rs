@@ -7,6 +7,8 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use crate::packed::memory::Buffer;
+
 /// The number of threads kernels called from here will use.
 pub fn num_threads() -> usize {
     rayon::current_num_threads()
@@ -128,46 +130,46 @@ pub(crate) struct Line(pub(crate) [u32; 16]);
 
 thread_local! {
     // A stack, because a thread that waits for its own parallel call may run another one meanwhile.
-    static SCRATCH: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A scratch buffer of this thread, given back when dropped. Contents are arbitrary.
 pub(crate) struct Scratch {
-    lines: Vec<Line>,
+    buffer: Buffer,
 }
 
 impl Scratch {
     /// A buffer of at least `bytes` bytes, aligned to 64.
     pub(crate) fn take(bytes: usize) -> Scratch {
-        let count = bytes.div_ceil(64);
-        let mut lines = SCRATCH.with(|stack| {
+        let mut buffer = SCRATCH.with(|stack| {
             let mut stack = stack.borrow_mut();
             // The smallest that fits, so that a large panel buffer is not spent on a small block.
             let best = (0..stack.len())
-                .filter(|&i| stack[i].len() >= count)
+                .filter(|&i| stack[i].len() >= bytes)
                 .min_by_key(|&i| stack[i].len());
             match best {
                 Some(i) => stack.swap_remove(i),
                 None => stack.pop().unwrap_or_default(),
             }
         });
-        if lines.len() < count {
-            // A fresh vector rather than `resize`: old contents need no copy.
-            lines = vec![Line([0; 16]); count];
+        if buffer.len() < bytes {
+            // A fresh one rather than a larger copy: old contents are not needed.
+            drop(buffer);
+            buffer = Buffer::new(bytes);
         }
-        Scratch { lines }
+        Scratch { buffer }
     }
 
     pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.lines.as_mut_ptr().cast()
+        self.buffer.as_mut_ptr()
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
+        let buffer = std::mem::take(&mut self.buffer);
         // The thread may be shutting down; then the memory is simply freed.
-        let _ = SCRATCH.try_with(|stack| stack.borrow_mut().push(lines));
+        let _ = SCRATCH.try_with(|stack| stack.borrow_mut().push(buffer));
     }
 }
 

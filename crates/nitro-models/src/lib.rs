@@ -14,6 +14,7 @@ pub mod mask2former;
 mod params;
 mod random;
 pub mod swin;
+mod table;
 mod tensor_map;
 mod torch_file;
 mod weights;
@@ -25,5 +26,6 @@ pub use lora::{
 };
 pub use params::{Elements, Init, LowRank, ParameterSource, ParameterSpec, Params};
 pub use random::RandomInit;
+pub use table::StoredTable;
 pub use tensor_map::TensorMap;
-pub use weights::{DType, StoredTable, WeightFiles, save_safetensors};
+pub use weights::{DType, WeightFiles, save_safetensors};

@@ -159,8 +159,8 @@ impl Layer {
     }
 
     fn forward(&self, x: Tensor<3>, rotary: &Rotary, seen: &Seen) -> Tensor<3> {
-        if let Some(x) = self.forward_packed(&x, rotary, seen) {
-            return x;
+        if let Some(stream) = self.packed() {
+            return self.forward_packed((x, stream), rotary, seen);
         }
         let y = self.input_layernorm.forward(x.clone());
         let x = x + self.self_attn.forward(y, rotary, seen.mask.clone());
@@ -168,8 +168,30 @@ impl Layer {
         x + self.mlp.forward(y)
     }
 
+    /// The layer's weights, where they are packed.
+    fn packed(&self) -> Option<PackedStream<'_>> {
+        Some(PackedStream {
+            norm1: [Some(self.input_layernorm.weight()), None],
+            modulation: None,
+            qkv: self.self_attn.qkv.packed()?,
+            head_norms: None,
+            tail: Some(PackedTail {
+                out: self.self_attn.o_proj.packed()?,
+                norm2: Some(self.post_attention_layernorm.weight()),
+                up: self.mlp.up_proj.packed()?,
+                gate: Some(self.mlp.gate_proj.packed()?),
+                down: self.mlp.down_proj.packed()?,
+            }),
+        })
+    }
+
     /// [`forward`](Self::forward) as one operation, where the weights are packed.
-    fn forward_packed(&self, x: &Tensor<3>, rotary: &Rotary, seen: &Seen) -> Option<Tensor<3>> {
+    fn forward_packed(
+        &self,
+        stream: (Tensor<3>, PackedStream<'_>),
+        rotary: &Rotary,
+        seen: &Seen,
+    ) -> Tensor<3> {
         let block = PackedBlock {
             attention: self.self_attn.shape,
             head_dim: rotary.head_dim(),
@@ -183,21 +205,8 @@ impl Layer {
             rotary: Some(rotary.tables()),
             key_mask: Some(seen.values.clone()),
         };
-        let stream = PackedStream {
-            x: x.clone(),
-            norm1: [Some(self.input_layernorm.weight()), None],
-            modulation: None,
-            qkv: self.self_attn.qkv.packed()?,
-            head_norms: None,
-            tail: Some(PackedTail {
-                out: self.self_attn.o_proj.packed()?,
-                norm2: Some(self.post_attention_layernorm.weight()),
-                up: self.mlp.up_proj.packed()?,
-                gate: Some(self.mlp.gate_proj.packed()?),
-                down: self.mlp.down_proj.packed()?,
-            }),
-        };
-        packed_block(&block, vec![stream]).pop()
+        let [x] = packed_block(&block, [stream]);
+        x
     }
 }
 

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -14,7 +15,7 @@ use nitro_ops::{ElementType, Rows};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
-use crate::{Elements, ParameterSource, ParameterSpec, WeightError, torch_file};
+use crate::{Elements, ParameterSource, ParameterSpec, StoredTable, WeightError, torch_file};
 
 /// Float formats of stored tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +40,12 @@ pub struct WeightFiles {
     tensors: BTreeMap<String, Stored>,
     metadata: HashMap<String, String>,
     used: Mutex<BTreeSet<String>>,
+    /// Bytes that were read so far, see [`WeightFiles::count_read`].
+    read: AtomicUsize,
 }
+
+/// Bytes that are read of mapped files before the system is told that they are not needed any more.
+const RELEASE_BYTES: usize = 128 << 20;
 
 #[derive(Debug)]
 struct Mapped {
@@ -109,6 +115,7 @@ impl WeightFiles {
             tensors: BTreeMap::new(),
             metadata: HashMap::new(),
             used: Mutex::default(),
+            read: AtomicUsize::new(0),
         }
     }
 
@@ -274,6 +281,19 @@ impl WeightFiles {
         Ok(stored)
     }
 
+    /// Counts what is read of the files, and every now and then lets the system take the pages back: a
+    /// model that packs its weights needs them once, and gigabytes of them would count as its memory.
+    fn count_read(&self, stored: &Stored) {
+        let before = self.read.fetch_add(stored.range.len(), Ordering::Relaxed);
+        if (before + stored.range.len()) / RELEASE_BYTES > before / RELEASE_BYTES {
+            for file in &self.files {
+                if let Bytes::Mapped(map) = &file.bytes {
+                    map.release();
+                }
+            }
+        }
+    }
+
     fn element_type(&self, name: &str, stored: &Stored) -> Result<ElementType, WeightError> {
         Ok(match stored.dtype {
             Dtype::F32 => ElementType::F32,
@@ -323,6 +343,7 @@ impl ParameterSource for WeightFiles {
             return Ok(Elements::Values(self.values(&spec.name, stored)?));
         }
         let element = self.element_type(&spec.name, stored)?;
+        self.count_read(stored);
         let bytes = &self.files[stored.file].bytes.as_bytes()[stored.range.clone()];
         Ok(Elements::Stored(bytes, element))
     }
@@ -333,47 +354,16 @@ impl ParameterSource for WeightFiles {
             return Ok(None);
         };
         let (rows, columns) = (*rows, *columns);
-        Ok(Some(StoredTable {
-            element: self.element_type(&spec.name, stored)?,
-            file: self.files[stored.file].clone(),
-            range: stored.range.clone(),
-            rows,
-            columns,
-        }))
-    }
-}
-
-/// A matrix inside a weight file, read by rows: a table of token embeddings, of which a prompt needs
-/// a few rows and never the half gigabyte that it is.
-#[derive(Clone, Debug)]
-pub struct StoredTable {
-    file: Arc<Mapped>,
-    range: std::ops::Range<usize>,
-    element: ElementType,
-    rows: usize,
-    columns: usize,
-}
-
-impl StoredTable {
-    /// The number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Elements of a row.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    /// Row `row` as `f32`, if there is one.
-    pub fn read(&self, row: usize) -> Option<Vec<f32>> {
-        let bytes = &self.file.bytes.as_bytes()[self.range.clone()];
-        let rows = Rows::new(bytes, self.element, self.rows, self.columns).ok()?;
-        (row < self.rows).then(|| {
-            let mut values = vec![0.0; self.columns];
-            rows.read(row, &mut values);
+        let (file, range) = (self.files[stored.file].clone(), stored.range.clone());
+        let element = self.element_type(&spec.name, stored)?;
+        Ok(Some(StoredTable::new([rows, columns], move |row| {
+            let bytes = &file.bytes.as_bytes()[range.clone()];
+            let mut values = vec![0.0; columns];
+            if let Ok(rows) = Rows::new(bytes, element, rows, columns) {
+                rows.read(row, &mut values);
+            }
             values
-        })
+        })))
     }
 }
 

@@ -48,6 +48,12 @@ impl Array {
         &self.0.storage::<f32>()[layout.start_offset()..][..layout.num_elements()]
     }
 
+    /// The elements to change, copied first if others share them.
+    pub(crate) fn data_mut(&mut self) -> &mut [f32] {
+        let (start, len) = (self.0.layout().start_offset(), self.len());
+        &mut self.0.storage_mut::<f32>()[start..][..len]
+    }
+
     /// The dimensions.
     pub(crate) fn dims(&self) -> Vec<usize> {
         self.0.shape().to_vec()
@@ -117,21 +123,19 @@ impl Handle {
     /// The CPU primitive behind `tensor`, or `None` when it lives elsewhere, is not `f32`, or uses
     /// Burn's gradient checkpointing (whose recomputation our operations do not take part in).
     pub(crate) fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        Self::from_tensor(tensor.clone())
+    }
+
+    /// As [`Handle::of`], without keeping the tensor: its memory may then be written.
+    pub(crate) fn from_tensor<const D: usize>(tensor: Tensor<D>) -> Option<Self> {
         if tensor.dtype() != DType::F32 {
             return None;
         }
         if tensor.is_autodiff() {
-            tensor
-                .clone()
-                .try_into_primitive::<Autodiff<Flex>>()
-                .ok()
-                .map(Self::Tracked)
+            let primitive = tensor.try_into_primitive::<Autodiff<Flex>>();
+            primitive.ok().map(Self::Tracked)
         } else {
-            tensor
-                .clone()
-                .try_into_primitive::<Flex>()
-                .ok()
-                .map(Self::Plain)
+            tensor.try_into_primitive::<Flex>().ok().map(Self::Plain)
         }
     }
 

@@ -79,8 +79,6 @@ pub struct PackedBlock<'a> {
 /// A stream of a packed block.
 #[derive(Debug)]
 pub struct PackedStream<'a> {
-    /// `[batch, tokens, width]`
-    pub x: Tensor<3>,
     /// Gain and offset before the attention, `[width]`.
     pub norm1: [Option<&'a Tensor<1>>; 2],
     /// AdaLN's shift, scale and gate of the attention and of the feed-forward layers.
@@ -119,19 +117,20 @@ pub struct PackedTail<'a> {
     pub down: &'a PackedLinear,
 }
 
-/// Runs a block over all its streams at once; each stream's tensor after the block. Streams without a
-/// tail come back as they are.
+/// Runs a block over all its streams at once: each stream's tensor `[batch, tokens, width]` after the
+/// block, in the same memory where nobody else holds the tensor. Streams without a tail come back as
+/// they are.
 ///
 /// # Panics
 /// If a tensor is not `f32` on the CPU, or shapes do not fit the layers.
-pub fn packed_block(block: &PackedBlock<'_>, streams: Vec<PackedStream<'_>>) -> Vec<Tensor<3>> {
-    let _scope = profile::scope(|| describe(block, &streams));
-    let hosts: Vec<Host> = streams.iter().map(Host::new).collect();
-    let mut values: Vec<Vec<f32>> = streams
-        .iter()
-        .map(|stream| host_array(&stream.x).data().to_vec())
-        .collect();
-    let batch = streams.first().map_or(0, |stream| stream.x.dims()[0]);
+pub fn packed_block<const N: usize>(
+    block: &PackedBlock<'_>,
+    streams: [(Tensor<3>, PackedStream<'_>); N],
+) -> [Tensor<3>; N] {
+    let shapes = streams.each_ref().map(|(x, _)| x.dims());
+    let _scope = profile::scope(|| describe(block, &shapes, &streams));
+    let hosts = streams.each_ref().map(|(_, stream)| Host::new(stream));
+    let batch = shapes.first().map_or(0, |shape| shape[0]);
     let AttentionShape {
         heads,
         kv_heads,
@@ -154,27 +153,29 @@ pub fn packed_block(block: &PackedBlock<'_>, streams: Vec<PackedStream<'_>>) -> 
         rotary: block.rotary.map(|(cos, sin)| Rotary { cos, sin }),
         key_mask: block.key_mask.as_deref(),
     };
+    let streams = streams.map(|(x, stream)| (owned_array(x), stream));
+    let (mut values, streams): (Vec<Array>, Vec<PackedStream<'_>>) = streams.into_iter().unzip();
     let mut views: Vec<transformer::BlockStream<'_>> = streams
         .iter()
         .zip(&hosts)
-        .zip(&mut values)
-        .map(|((stream, host), x)| host.view(stream, x))
+        .zip(values.iter_mut().zip(shapes))
+        .map(|((stream, host), (x, shape))| host.view(stream, shape[1], x.data_mut()))
         .collect();
     kernel(transformer_block(&cfg, &mut views));
-    streams
-        .iter()
-        .zip(values)
-        .map(|(stream, x)| Array::new(x, &stream.x.dims()).into_tensor())
-        .collect()
+    let mut values = values.into_iter().map(Array::into_tensor);
+    std::array::from_fn(|_| values.next().expect("one tensor for each stream"))
 }
 
 /// Names a block in profiles, with the floating-point operations of its layers and its attention.
-fn describe(block: &PackedBlock<'_>, streams: &[PackedStream<'_>]) -> (String, f64) {
-    let shapes: Vec<_> = streams.iter().map(|stream| stream.x.dims()).collect();
+fn describe(
+    block: &PackedBlock<'_>,
+    shapes: &[[usize; 3]],
+    streams: &[(Tensor<3>, PackedStream<'_>)],
+) -> (String, f64) {
     let layers: f64 = streams
         .iter()
-        .map(|stream| {
-            let [batch, tokens, _] = stream.x.dims();
+        .map(|(x, stream)| {
+            let [batch, tokens, _] = x.dims();
             let tail = stream
                 .tail
                 .map(|t| [Some(t.out), Some(t.up), t.gate, Some(t.down)]);
@@ -218,11 +219,12 @@ impl Host {
     fn view<'a>(
         &'a self,
         stream: &'a PackedStream<'_>,
+        tokens: usize,
         x: &'a mut [f32],
     ) -> transformer::BlockStream<'a> {
         transformer::BlockStream {
             x,
-            tokens: stream.x.dims()[1],
+            tokens,
             norm1: self
                 .norm1
                 .each_ref()
@@ -247,16 +249,20 @@ impl Adaln<'_> {
         let (time, bias) = (host_array(self.time), host_array(self.bias));
         let scale = self.scale.map(host_array);
         let scale = scale.as_ref().map(Array::data);
-        let samples = time.data().chunks_exact(bias.len().max(1));
-        samples
-            .flat_map(|time| {
-                let bias = bias.data();
-                (0..bias.len()).map(move |i| {
-                    let factor = scale.map_or(1.0, |scale| 1.0 + scale[i]);
-                    time[i] * factor + bias[i]
-                })
-            })
-            .collect()
+        let bias = bias.data();
+        let mut values = Vec::with_capacity(time.len());
+        for time in time.data().chunks_exact(bias.len().max(1)) {
+            let parts = time.iter().zip(bias);
+            match scale {
+                Some(scale) => values.extend(
+                    parts
+                        .zip(scale)
+                        .map(|((time, bias), scale)| time * (1.0 + scale) + bias),
+                ),
+                None => values.extend(parts.map(|(time, bias)| time + bias)),
+            }
+        }
+        values
     }
 }
 
@@ -266,7 +272,11 @@ pub fn mask_values(mask: Tensor<2, Bool>) -> Arc<[bool]> {
 }
 
 pub(crate) fn host_array<const D: usize>(x: &Tensor<D>) -> Array {
-    match Handle::of(x).map(Handle::into_array) {
+    owned_array(x.clone())
+}
+
+fn owned_array<const D: usize>(x: Tensor<D>) -> Array {
+    match Handle::from_tensor(x).map(Handle::into_array) {
         Some(array) => array,
         None => panic!("packed weights need f32 tensors on the CPU"),
     }

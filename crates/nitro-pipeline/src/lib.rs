@@ -15,6 +15,7 @@ mod generate;
 pub mod hub;
 mod info;
 mod load;
+mod part;
 pub mod picture;
 mod pipeline;
 mod pixels;

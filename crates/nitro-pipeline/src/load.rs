@@ -16,6 +16,7 @@ use crate::PipelineError;
 use crate::card::{ModelCard, Variant};
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
+use crate::part::Part;
 use crate::pipeline::{Pipeline, Sources};
 use crate::prompt_cache::{self, PromptCache};
 use crate::tokenizer::TextTokenizer;
@@ -34,6 +35,7 @@ pub struct PipelineBuilder {
     hub: HubOptions,
     tile: Option<usize>,
     prompt_cache: usize,
+    on_demand: bool,
     on_part: Box<dyn Fn(&str)>,
 }
 
@@ -59,6 +61,7 @@ impl PipelineBuilder {
             hub: HubOptions::from_env(),
             tile: None,
             prompt_cache: prompt_cache::MEMORY,
+            on_demand: false,
             on_part: Box::new(|_| {}),
         }
     }
@@ -110,6 +113,14 @@ impl PipelineBuilder {
     /// again; 64 MiB by default, 0 for none.
     pub fn prompt_cache(mut self, bytes: usize) -> Self {
         self.prompt_cache = bytes;
+        self
+    }
+
+    /// Keeps parts of a large model in memory only while they are needed: the text encoder goes when the
+    /// texts are encoded, and the image decoder comes with the first latents. For a single request: of
+    /// several, each would load the text encoder again for texts whose features are not known.
+    pub fn on_demand(mut self, on_demand: bool) -> Self {
+        self.on_demand = on_demand;
         self
     }
 
@@ -180,19 +191,30 @@ impl PipelineBuilder {
             check_fit(card, transformer.config(), &text_config, &autoencoder)?;
         }
         let prompt_cache = Arc::new(PromptCache::new(&text_file, precision, self.prompt_cache));
-        let text_encoder = Arc::new(OnceLock::new());
+        let text_encoder = Arc::new(Part::new());
         // A large encoder may not be needed at all: its features of a text are kept on disk.
         if !prompt_cache.is_on_disk() {
-            let encoder = load_text_encoder(&text_file, &text_config, device, precision)?;
-            text_encoder.get_or_init(|| encoder);
+            text_encoder.get(|| load_text_encoder(&text_file, &text_config, device, precision))?;
         }
 
         (self.on_part)("image decoder");
         let autoencoder_file = files.part_file(&card.dc_ae, AUTOENCODER_WEIGHTS)?;
-        let weights = open_weights(&autoencoder_file)?;
-        let params = Params::new(&weights, device, precision).for_inference();
-        let mut decoder = Decoder::new(&autoencoder, &params)?;
-        decoder.set_tile(self.tile);
+        let decoder = Arc::new(Part::new());
+        let on_demand = self.on_demand && prompt_cache.is_on_disk();
+        if on_demand {
+            // A damaged file is told of at once in any case.
+            open_weights(&autoencoder_file)?;
+        } else {
+            decoder.get(|| {
+                load_decoder(
+                    &autoencoder_file,
+                    &autoencoder,
+                    device,
+                    precision,
+                    self.tile,
+                )
+            })?;
+        }
         let encoder = Arc::new(OnceLock::new());
         let load_time = began.elapsed();
 
@@ -216,6 +238,8 @@ impl PipelineBuilder {
                     autoencoder: autoencoder.clone(),
                     decoder: decoder.clone(),
                     encoder: encoder.clone(),
+                    on_demand,
+                    tile: self.tile,
                     device: self.device.clone(),
                     precision,
                     load_time,
@@ -366,6 +390,21 @@ pub(crate) fn load_text_encoder(
     let weights = open_weights(weights)?;
     let params = Params::new(&weights, device, precision).for_inference();
     Ok(Llama::new(config, &params)?)
+}
+
+/// The half of the autoencoder that makes pictures, in bands of `tile` rows if there is such a wish.
+pub(crate) fn load_decoder(
+    weights: &ModelFile,
+    config: &DcaeConfig,
+    device: &Device,
+    precision: Precision,
+    tile: Option<usize>,
+) -> Result<Decoder, PipelineError> {
+    let weights = open_weights(weights)?;
+    let params = Params::new(&weights, device, precision).for_inference();
+    let mut decoder = Decoder::new(config, &params)?;
+    decoder.set_tile(tile);
+    Ok(decoder)
 }
 
 /// The autoencoder's other half, for requests that bring an image.

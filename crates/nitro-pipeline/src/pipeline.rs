@@ -16,7 +16,8 @@ use crate::PipelineError;
 use crate::caption::preprocess;
 use crate::card::Variant;
 use crate::files::{ModelFile, ModelLocation};
-use crate::load::{PipelineBuilder, load_encoder, load_text_encoder};
+use crate::load::{PipelineBuilder, load_decoder, load_encoder, load_text_encoder};
+use crate::part::Part;
 use crate::pixels::{self, Canvas, Original};
 use crate::prompt_cache::PromptCache;
 use crate::tokenizer::{TextTokenizer, Tokens, token_tensors};
@@ -31,15 +32,20 @@ pub struct Pipeline {
     pub(crate) variant: Variant,
     pub(crate) tokenizer: Arc<TextTokenizer>,
     /// Loaded with the rest where it is small, else when a text comes whose features are not known.
-    pub(crate) text_encoder: Arc<OnceLock<Llama>>,
+    pub(crate) text_encoder: Arc<Part<Llama>>,
     pub(crate) text_config: LlamaConfig,
     pub(crate) prompt_cache: Arc<PromptCache>,
     pub(crate) transformer: Emmdit,
     pub(crate) autoencoder: DcaeConfig,
-    pub(crate) decoder: Decoder,
+    /// Variants share it.
+    pub(crate) decoder: Arc<Part<Decoder>>,
     /// Loaded when a request first brings an image; variants share it.
     pub(crate) encoder: Arc<OnceLock<Encoder>>,
     pub(crate) sources: Sources,
+    /// See [`PipelineBuilder::on_demand`].
+    pub(crate) on_demand: bool,
+    /// See [`PipelineBuilder::tile`].
+    pub(crate) tile: Option<usize>,
     pub(crate) device: Device,
     pub(crate) precision: Precision,
     pub(crate) load_time: Duration,
@@ -121,19 +127,27 @@ impl Pipeline {
         &self.autoencoder
     }
 
-    pub(crate) fn text_encoder(&self) -> Result<&Llama, PipelineError> {
-        match self.text_encoder.get() {
-            Some(encoder) => Ok(encoder),
-            None => {
-                let encoder = load_text_encoder(
-                    &self.sources.text_encoder,
-                    &self.text_config,
-                    &self.device,
-                    self.precision,
-                )?;
-                Ok(self.text_encoder.get_or_init(|| encoder))
-            }
-        }
+    pub(crate) fn text_encoder(&self) -> Result<Arc<Llama>, PipelineError> {
+        self.text_encoder.get(|| {
+            load_text_encoder(
+                &self.sources.text_encoder,
+                &self.text_config,
+                &self.device,
+                self.precision,
+            )
+        })
+    }
+
+    pub(crate) fn decoder(&self) -> Result<Arc<Decoder>, PipelineError> {
+        self.decoder.get(|| {
+            load_decoder(
+                &self.sources.autoencoder,
+                &self.autoencoder,
+                &self.device,
+                self.precision,
+                self.tile,
+            )
+        })
     }
 
     /// Latents of `count` pictures, as the denoiser sees them, to decoded pictures
@@ -143,8 +157,9 @@ impl Pipeline {
         latents: &[f32],
         count: usize,
     ) -> Result<Tensor<4>, PipelineError> {
+        let decoder = self.decoder()?;
         decode(
-            &self.decoder,
+            &decoder,
             &self.autoencoder,
             latents,
             count,

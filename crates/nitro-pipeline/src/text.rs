@@ -99,7 +99,12 @@ impl Pipeline {
         if !missing.is_empty() {
             let of_missing: Vec<&Tokens> = missing.iter().map(|&i| &tokens[i]).collect();
             let file = &self.sources.text_encoder;
-            let computed = text_features(self.text_encoder()?, file, &of_missing, &self.device)?;
+            let encoder = self.text_encoder()?;
+            let computed = text_features(&encoder, file, &of_missing, &self.device)?;
+            drop(encoder);
+            if self.on_demand {
+                self.text_encoder.release();
+            }
             let computed = computed.as_slice::<f32>().unwrap_or_default();
             let each = (computed.len() / missing.len()).max(1);
             for (values, i) in computed.chunks_exact(each).zip(missing) {

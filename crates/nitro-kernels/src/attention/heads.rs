@@ -5,6 +5,8 @@
 //! products run in the block's precision (bf16 where asked for), rows are normalised and rotated as
 //! they are gathered, and the result is written as the input of the output projection.
 
+#[cfg(target_arch = "x86_64")]
+use super::lanes_x86 as lanes;
 use super::layout::{Token, tokens_of_groups};
 use super::operands::{
     Source, gather_heads, pack_columns, pack_row, pack_values, row_units, value_panel,
@@ -13,7 +15,7 @@ use super::rows::softmax_rows;
 #[cfg(target_arch = "x86_64")]
 use super::softmax_x86::probabilities;
 use super::{AttentionConfig, Workspace, block_rows, workspace_len};
-use crate::gemm::{KernelSet, LANES, Unit};
+use crate::gemm::{Interleave, KernelSet, LANES, Unit, convert_run, interleave_rows};
 use crate::isa::Isa;
 use crate::packed::{Activations, Format, PanelFn, PanelTile, TILE_ROWS, kernel};
 use crate::pool::{Scratch, SharedPtr};
@@ -22,10 +24,11 @@ use std::f32::consts::LOG2_E;
 
 /// One stream of tokens.
 pub(crate) struct HeadStream<'a> {
-    /// `[batch, tokens, pitch]`: queries of all heads, then keys, then values.
+    /// Queries of all heads, then keys, then values.
     pub(crate) qkv: SharedPtr<f32>,
-    /// Values per token.
+    /// Values between tokens, and between heads.
     pub(crate) pitch: usize,
+    pub(crate) head_pitch: usize,
     pub(crate) tokens: usize,
     /// RMS norm of each head's queries and keys: weights of one head.
     pub(crate) norms: Option<(&'a [f32], &'a [f32])>,
@@ -122,7 +125,7 @@ impl<'a> Heads<'a> {
             norms: [None; MAX_STREAMS],
         };
         for (i, stream) in self.streams.iter().enumerate() {
-            let first = sample * stream.tokens * stream.pitch + at * self.cfg.head_dim;
+            let first = sample * stream.tokens * stream.pitch + at * stream.head_pitch;
             source.rows[i] = stream.qkv.get().wrapping_add(first);
             source.pitches[i] = stream.pitch;
             source.norms[i] = match (stream.norms, part) {
@@ -140,11 +143,17 @@ impl<'a> Heads<'a> {
     /// The streams' buffers must hold all samples and tokens, complete, and nobody else may write
     /// them or access the outputs of this unit's heads.
     pub(crate) unsafe fn run(&self, unit: usize) {
-        let (level, set, cfg) = (self.level, &self.set, &self.cfg);
+        let (set, cfg) = (&self.set, &self.cfg);
         let (rest, kv_head) = (unit / cfg.kv_heads, unit % cfg.kv_heads);
         let (sample, group) = (rest / cfg.groups, rest % cfg.groups);
         let (keys, queries) = (&self.keys[group], &self.queries[group]);
         if keys.is_empty() || queries.is_empty() {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.fits_lanes() {
+            // SAFETY: the caller's contract; kernel sets exist only for supported instruction sets.
+            unsafe { self.run_lanes(sample, kv_head, keys, queries) };
             return;
         }
         let (dim, depth) = (cfg.head_dim, set.unit.depth());
@@ -180,28 +189,14 @@ impl<'a> Heads<'a> {
             sum,
         ] = sizes.map(|n| workspace.take(n));
 
-        let gather = |tokens: &[Token], at: usize, part: Part, factor: f32, to: &mut [f32]| {
-            let source = self.source(sample, at, part);
-            let rotary = self.rotary.filter(|_| part != Part::Values);
+        let gather = |tokens: &[Token], at: usize, part: Part, to: &mut [f32]| {
             // SAFETY: the caller vouches for the streams.
-            unsafe {
-                gather_heads(
-                    level,
-                    &source,
-                    tokens,
-                    dim,
-                    self.norm_eps,
-                    rotary,
-                    factor,
-                    to,
-                    padded,
-                );
-            }
+            unsafe { self.gather(sample, tokens, at, part, to, padded) };
         };
-        gather(keys, cfg.heads + kv_head, Part::Keys, 1.0, rows);
+        gather(keys, cfg.heads + kv_head, Part::Keys, rows);
         pack_columns(set, rows, keys.len(), dim, padded, packed_keys);
         let values_at = cfg.heads + cfg.kv_heads + kv_head;
-        gather(keys, values_at, Part::Values, 1.0, rows);
+        gather(keys, values_at, Part::Values, rows);
         pack_values(set, rows, keys.len(), padded, packed_values);
         let bias = self.key_mask.map(|mask| {
             fill_bias(&mask[sample * self.streams[0].tokens..], keys, bias);
@@ -215,7 +210,7 @@ impl<'a> Heads<'a> {
             for first in (0..queries.len()).step_by(block) {
                 let tokens = &queries[first..queries.len().min(first + block)];
                 let m = tokens.len();
-                gather(tokens, head, Part::Queries, cfg.scale * LOG2_E, query);
+                gather(tokens, head, Part::Queries, query);
                 let base: *mut u8 = packed_query.as_mut_ptr().cast();
                 for (i, row) in query.chunks_exact(padded).take(m).enumerate() {
                     // SAFETY: each row of the buffer holds `dim` elements, padded to whole units.
@@ -275,6 +270,153 @@ impl<'a> Heads<'a> {
                     unsafe { self.write(sample, tokens[i], head, &row[..dim]) };
                 }
             }
+        }
+    }
+
+    /// Copies a head's rows to consecutive rows of `padded` values, normalised, rotated, and queries
+    /// scaled for base-2 exponentials.
+    ///
+    /// # Safety
+    /// As [`Heads::run`].
+    unsafe fn gather(
+        &self,
+        sample: usize,
+        tokens: &[Token],
+        at: usize,
+        part: Part,
+        to: &mut [f32],
+        padded: usize,
+    ) {
+        let factor = match part {
+            Part::Queries => self.cfg.scale * LOG2_E,
+            Part::Keys | Part::Values => 1.0,
+        };
+        // SAFETY: the caller vouches for the streams.
+        unsafe {
+            gather_heads(
+                self.level,
+                &self.source(sample, at, part),
+                tokens,
+                self.cfg.head_dim,
+                self.norm_eps,
+                self.rotary.filter(|_| part != Part::Values),
+                factor,
+                to,
+                padded,
+            );
+        }
+    }
+
+    /// Whether [`Heads::run_lanes`] computes these heads.
+    #[cfg(target_arch = "x86_64")]
+    fn fits_lanes(&self) -> bool {
+        let (mut packed, mut stored) = (false, false);
+        for stream in self.streams {
+            packed |= matches!(stream.out, HeadOutput::Pack(_));
+            stored |= matches!(stream.out, HeadOutput::Store(_));
+        }
+        !(packed && stored)
+            && self.set.unit == Unit::Bf16Pair
+            && self.set.isa == Isa::Avx512Bf16
+            && self.key_mask.is_none()
+            && !self.cfg.causal
+            && self.cfg.head_dim.is_multiple_of(32)
+    }
+
+    /// A unit with queries in lanes.
+    ///
+    /// # Safety
+    /// As [`Heads::run`], and heads must fit.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn run_lanes(&self, sample: usize, kv_head: usize, keys: &[Token], queries: &[Token]) {
+        let (set, cfg) = (&self.set, &self.cfg);
+        let (dim, units) = (cfg.head_dim, cfg.head_dim / 2);
+        let pitch = queries.len().next_multiple_of(LANES);
+        let sizes = [
+            keys.len().max(queries.len()) * dim,
+            keys.len().max(queries.len()) * units,
+            keys.len() * units,
+            keys.len().div_ceil(2) * dim,
+            units * pitch,
+            lanes::probabilities_len(keys.len()),
+            lanes::outputs_len(dim),
+        ];
+        let len = workspace_len(&sizes);
+        let mut scratch = Scratch::take(len * 4);
+        let mut workspace = Workspace::new(&mut scratch, len);
+        let [
+            rows,
+            row_pairs,
+            packed_keys,
+            packed_values,
+            packed_queries,
+            probabilities,
+            outputs,
+        ] = sizes.map(|n| workspace.take(n));
+        let gather = |tokens: &[Token], at: usize, part: Part, to: &mut [f32]| {
+            // SAFETY: the caller vouches for the streams.
+            unsafe { self.gather(sample, tokens, at, part, to, dim) };
+        };
+        gather(keys, cfg.heads + kv_head, Part::Keys, rows);
+        let values = keys.len() * dim;
+        // SAFETY: pairs take half the room.
+        unsafe { convert_run(set, &rows[..values], packed_keys.as_mut_ptr().cast()) };
+        gather(keys, cfg.heads + cfg.kv_heads + kv_head, Part::Values, rows);
+        let shape = Interleave {
+            rows: keys.len(),
+            stride: dim,
+            count: dim,
+            unit_pitch: dim,
+            chunk: LANES,
+            chunk_pitch: LANES,
+        };
+        // SAFETY: rows and pairs have these sizes.
+        unsafe { interleave_rows(set, shape, rows.as_ptr(), packed_values.as_mut_ptr().cast()) };
+        let heads_per_key = cfg.heads / cfg.kv_heads;
+        for head in kv_head * heads_per_key..(kv_head + 1) * heads_per_key {
+            gather(queries, head, Part::Queries, rows);
+            let values = queries.len() * dim;
+            // SAFETY: pairs take half the room; columns are whole vectors.
+            unsafe {
+                convert_run(set, &rows[..values], row_pairs.as_mut_ptr().cast());
+                let (from, to) = (
+                    row_pairs.as_ptr().cast(),
+                    packed_queries.as_mut_ptr().cast(),
+                );
+                lanes::columns_of(set, from, queries.len(), units, to, pitch);
+            }
+            let operands = lanes::Head {
+                keys: keys.len(),
+                queries: queries.len(),
+                dim,
+                bounded: self.bounded,
+                packed_keys: packed_keys.as_ptr().cast(),
+                packed_values: packed_values.as_ptr().cast(),
+                packed_queries: packed_queries.as_ptr().cast(),
+                probabilities: probabilities.as_mut_ptr().cast(),
+                outputs: outputs.as_mut_ptr().cast(),
+            };
+            let at = head * dim;
+            let place = |query: usize| {
+                let token = queries[query];
+                let stream = &self.streams[token.segment as usize];
+                let row = sample * stream.tokens + token.token as usize;
+                match &stream.out {
+                    HeadOutput::Nowhere => std::ptr::null_mut(),
+                    HeadOutput::Pack(to) => to.row(row).wrapping_add(at * 2),
+                    HeadOutput::Store(to) => {
+                        let row = row * cfg.heads * dim;
+                        to.get().wrapping_add(row + at).cast()
+                    }
+                }
+            };
+            let form = match self.streams[queries[0].segment as usize].out {
+                HeadOutput::Store(_) => lanes::Form::Single,
+                HeadOutput::Pack(_) | HeadOutput::Nowhere => lanes::Form::Pairs,
+            };
+            // SAFETY: the operands were made above; queries whose output nobody wants are not listed,
+            // and the caller vouches for the outputs.
+            unsafe { operands.run(set, form, place) };
         }
     }
 

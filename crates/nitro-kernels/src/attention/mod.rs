@@ -8,6 +8,8 @@
 mod backward;
 mod forward;
 mod heads;
+#[cfg(target_arch = "x86_64")]
+mod lanes_x86;
 mod layout;
 mod linear;
 mod operands;

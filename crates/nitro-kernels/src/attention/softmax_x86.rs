@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 /// stays NaN; what is below 2^-126 becomes zero or next to it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn exp2(x: __m512) -> __m512 {
+pub(super) fn exp2(x: __m512) -> __m512 {
     // The data come second: `max` returns its second operand where either is NaN.
     let x = _mm512_max_ps(_mm512_set1_ps(-150.0), x);
     let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);

@@ -15,6 +15,7 @@ use super::winograd::{Finish, ImageRows, WinogradConv, WinogradForm};
 use super::{Conv2d, PackedConv2d, shortcut};
 use crate::error::{KernelError, check_eq};
 use crate::gemm::{Activation, Epilogue};
+use crate::packed::memory::Floats;
 use crate::pool::num_threads;
 use crate::simd::Level;
 
@@ -91,7 +92,7 @@ pub struct Stages {
     stages: Vec<Stage>,
     head: Option<Head>,
     /// Memory of earlier runs, in the order in which it is taken.
-    spare: Mutex<VecDeque<Vec<f32>>>,
+    spare: Mutex<VecDeque<Floats>>,
 }
 
 impl Entry {
@@ -392,7 +393,7 @@ impl Stages {
 /// Consecutive rows of an image.
 #[derive(Debug)]
 struct Window {
-    data: Vec<f32>,
+    data: Floats,
     /// Values of a row.
     row: usize,
     /// The image's row at the front of `data`; those before `first` are no longer needed.
@@ -402,7 +403,7 @@ struct Window {
 }
 
 impl Window {
-    fn new(row: usize, spare: &Mutex<VecDeque<Vec<f32>>>) -> Self {
+    fn new(row: usize, spare: &Mutex<VecDeque<Floats>>) -> Self {
         let data = spare.lock().ok().and_then(|mut spare| spare.pop_front());
         Self {
             data: data.unwrap_or_default(),
@@ -426,7 +427,7 @@ impl Window {
             let wanted = kept + count * self.row;
             // Moved to the front, or, where that would soon have to be done again, to more room.
             if 2 * wanted > self.data.len() + kept {
-                let mut data = vec![0.0; 2 * wanted];
+                let mut data = Floats::new(2 * wanted);
                 data[..kept].copy_from_slice(&self.data[from * self.row..][..kept]);
                 self.data = data;
             } else {
@@ -478,7 +479,7 @@ impl<'a> Running<'a> {
         from: [usize; 2],
         size: [usize; 2],
         rows: Option<usize>,
-        spare: &Mutex<VecDeque<Vec<f32>>>,
+        spare: &Mutex<VecDeque<Floats>>,
     ) -> Self {
         let row = size[1] * stage.entry.outputs();
         let chunk = rows.unwrap_or_else(|| {

@@ -1,5 +1,6 @@
 //! The left-hand side of a product with packed weights: rows in the units the micro-kernels read.
 
+use super::sink::Lines;
 use crate::gemm::{KernelSet, Unit, convert_run};
 use crate::isa::multiversion;
 use crate::pool::{Scratch, SharedPtr};
@@ -102,6 +103,25 @@ impl Activations {
         let bytes = at * self.set.unit.element_bytes();
         // SAFETY: the elements lie in the row, which the caller owns.
         unsafe { convert_run(&self.set, values, self.row(row).add(bytes)) };
+    }
+}
+
+impl Activations {
+    /// Writes the elements `at..` of the rows `first..` (float formats only).
+    ///
+    /// # Safety
+    /// As [`Activations::write_row`], for these elements; the lines must be valid.
+    pub(super) unsafe fn write_parts(&self, first: usize, at: usize, values: &Lines) {
+        debug_assert!(self.format == Format::Float && at + values.columns <= self.k);
+        let bytes = at * self.set.unit.element_bytes();
+        for row in 0..values.rows {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let from = values.first.add(row * values.pitch).cast_const();
+                let from = std::slice::from_raw_parts(from, values.columns);
+                convert_run(&self.set, from, self.row(first + row).add(bytes));
+            }
+        }
     }
 }
 

@@ -27,21 +27,27 @@ unsafe impl Send for Chunk {}
 unsafe impl Sync for Chunk {}
 
 impl Chunk {
+    /// Ordinary memory.
+    fn small(len: usize) -> Self {
+        let mut lines = vec![crate::pool::Line([0; 16]); len.div_ceil(ALIGN)];
+        Chunk {
+            start: lines.as_mut_ptr().cast(),
+            storage: Storage::Heap(lines),
+        }
+    }
+
     fn new(len: usize) -> Self {
-        let mut storage = match memmap2::MmapMut::map_anon(len) {
-            Ok(map) => {
-                // A hint: without huge pages the memory is merely slower.
-                #[cfg(target_os = "linux")]
-                let _ = map.advise(memmap2::Advice::HugePage);
-                Storage::Mapped(map)
-            }
-            Err(_) => Storage::Heap(vec![crate::pool::Line([0; 16]); len.div_ceil(ALIGN)]),
+        let mut map = match memmap2::MmapMut::map_anon(len) {
+            Ok(map) => map,
+            Err(_) => return Chunk::small(len),
         };
-        let start = match &mut storage {
-            Storage::Mapped(map) => map.as_mut_ptr(),
-            Storage::Heap(lines) => lines.as_mut_ptr().cast(),
-        };
-        Chunk { storage, start }
+        // A hint: without huge pages the memory is merely slower.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Chunk {
+            start: map.as_mut_ptr(),
+            storage: Storage::Mapped(map),
+        }
     }
 
     fn len(&self) -> usize {
@@ -100,6 +106,76 @@ impl Piece {
     }
 }
 
+/// Buffers from this size on are mapped: page by page from the system, the memory of an autoencoder's
+/// first picture would cost a tenth of a second and more.
+const LARGE: usize = 2 << 20;
+
+/// Memory of one owner, aligned to 64 bytes, on huge pages where it is large. Zeros at first.
+pub(crate) struct Buffer(Chunk);
+
+impl Buffer {
+    /// At least `len` bytes.
+    pub(crate) fn new(len: usize) -> Self {
+        Buffer(match len {
+            LARGE.. => Chunk::new(len.next_multiple_of(LARGE)),
+            _ => Chunk::small(len),
+        })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.0.start
+    }
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Buffer::new(0)
+    }
+}
+
+/// A [`Buffer`] of `f32`.
+#[derive(Default)]
+pub(crate) struct Floats {
+    buffer: Buffer,
+    len: usize,
+}
+
+impl Floats {
+    /// `len` zeros.
+    pub(crate) fn new(len: usize) -> Self {
+        Floats {
+            buffer: Buffer::new(len * size_of::<f32>()),
+            len,
+        }
+    }
+}
+
+impl std::fmt::Debug for Floats {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Floats").field("len", &self.len).finish()
+    }
+}
+
+impl std::ops::Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        // SAFETY: the buffer holds `len` values, aligned, initialised, and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts(self.buffer.0.start.cast(), self.len) }
+    }
+}
+
+impl std::ops::DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above; the buffer has one owner.
+        unsafe { std::slice::from_raw_parts_mut(self.buffer.0.start.cast(), self.len) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +197,18 @@ mod tests {
             // SAFETY: as above.
             let bytes = unsafe { std::slice::from_raw_parts(piece.as_ptr(), piece.len()) };
             assert!(bytes.iter().all(|&b| b == i as u8 + 1));
+        }
+    }
+
+    #[test]
+    fn buffers_are_aligned_zeros_of_their_length() {
+        for len in [0, 1, 1000, LARGE / 4, LARGE / 4 + 7] {
+            let mut floats = Floats::new(len);
+            assert!(floats.len() == len && floats.buffer.len() >= 4 * len);
+            assert_eq!(floats.as_ptr() as usize % ALIGN, 0);
+            assert!(floats.iter().all(|&x| x == 0.0));
+            floats.fill(1.5);
+            assert!(floats.iter().all(|&x| x == 1.5));
         }
     }
 }

@@ -7,6 +7,7 @@ use super::weight::PackedLinear;
 use crate::error::{KernelError, check_eq, check_len};
 use crate::gemm::Activation;
 use crate::pool::{Scratch, SharedPtr, num_threads, par_phases};
+use crate::simd::Level;
 
 /// Bytes of activations that a thread multiplies with one panel after the other: they are to stay in
 /// the second-level cache beside the panel at hand and the one on its way.
@@ -32,6 +33,7 @@ pub(crate) struct Product<'a> {
     last_panels: usize,
     pieces: usize,
     kernel: PanelFn,
+    level: Level,
     threads: usize,
     /// The first panel of the product after this one, fetched by the last tasks.
     next: Option<&'a PackedLinear>,
@@ -63,6 +65,7 @@ impl<'a> Product<'a> {
             pieces: if cut { pieces } else { 1 },
             last_panels: if cut { threads } else { 0 },
             kernel: kernel(&weight.set, weight.format),
+            level: Level::of(weight.set.isa),
             threads,
             next: None,
         }
@@ -120,59 +123,61 @@ impl<'a> Product<'a> {
     /// `acts` must hold all rows, complete, in the weight's format; `sink` must be valid for all rows
     /// and columns, and what it writes be accessed by nobody else during the product.
     pub(crate) unsafe fn run(&self, task: usize, acts: &Activations, sink: &Sink<'_>) {
-        let panels = self.weight.panels();
+        let weight = self.weight;
         let (panel, rows, is_first) = self.place(task);
         let (start, end) = (rows.start, rows.end);
-        let ahead = panel + self.threads;
-        let ahead_of = |weight: &PackedLinear| {
-            let (weight, panel) = if ahead < panels {
-                (weight, ahead)
-            } else {
-                match self.next {
-                    Some(next) if start >= (self.chunks - 1) * self.chunk => (next, ahead - panels),
-                    _ => (weight, usize::MAX),
-                }
-            };
-            if is_first && panel < weight.panels() {
-                (weight.panel(panel).cast::<u8>(), weight.panel_bytes(panel))
-            } else {
-                (weight.panel(0).cast::<u8>(), 0)
-            }
+        let width = weight.panel_width(panel);
+        let column = weight.panel_column(panel);
+        let mut target = Target {
+            row: start,
+            rows: 0,
+            column,
+            columns: width.min(weight.n - column),
+            width,
         };
-        let layers = [Some(self.weight), self.gate];
-        let width = self.weight.panel_width(panel);
+        // The panel ahead is fetched evenly over all tiles of this one.
+        let tiles = (end - start).div_ceil(TILE_ROWS);
+        let steps = weight.units.max(2) / 2 * tiles;
+        let last_chunk = start >= (self.chunks - 1) * self.chunk;
+        let layers = [Some(weight), self.gate].map(|layer| {
+            let layer = layer?;
+            let (ahead, bytes) = match is_first {
+                true => self.ahead(layer, panel, last_chunk),
+                false => None,
+            }
+            .unwrap_or((layer.panel(0).cast(), 0));
+            Some((layer, ahead, bytes.div_ceil(steps)))
+        });
         // One buffer of sums per layer. Where K has one block, a tile is finished at once and eight
         // rows suffice.
-        let blocks = self.weight.blocks();
+        let blocks = weight.blocks();
         let buffer_rows = if blocks == 1 { TILE_ROWS } else { end - start };
         let size = buffer_rows * width;
         let mut scratch = Scratch::take(2 * size * 4);
         let sums: *mut f32 = scratch.as_mut_ptr().cast();
         for block in 0..blocks {
-            let units =
-                (self.weight.units - block * self.weight.block_units).min(self.weight.block_units);
-            let unit_at = block * self.weight.block_units;
+            let unit_at = block * weight.block_units;
+            let units = (weight.units - unit_at).min(weight.block_units);
+            let mut done = unit_at / 2 * tiles;
             for first in (start..end).step_by(TILE_ROWS) {
-                let rows = TILE_ROWS.min(end - first);
+                target.row = first;
+                target.rows = TILE_ROWS.min(end - first);
                 let buffer_at = if blocks == 1 {
                     0
                 } else {
                     (first - start) * width
                 };
+                if block + 1 == blocks {
+                    sink.fetch(&target);
+                }
                 for (i, layer) in layers.iter().enumerate() {
-                    let Some(layer) = layer else { continue };
-                    let (ahead, bytes) = ahead_of(layer);
-                    // The panel ahead is fetched evenly over all tiles of this one.
-                    let steps = self.weight.units.max(2) / 2 * (end - start).div_ceil(TILE_ROWS);
-                    let step = bytes.div_ceil(steps);
-                    let done = (block * self.weight.block_units / 2
-                        * (end - start).div_ceil(TILE_ROWS))
-                        + (first - start) / TILE_ROWS * (units / 2);
-                    let column = self.weight.panel_column(panel);
+                    let Some((layer, ahead, step)) = *layer else {
+                        continue;
+                    };
                     let tile = PanelTile {
                         a: acts.row(first).wrapping_add(unit_at * 4),
                         pitch: acts.pitch,
-                        rows,
+                        rows: target.rows,
                         b: layer.panel(panel).wrapping_add(unit_at * width),
                         units,
                         vectors: width / crate::gemm::LANES,
@@ -190,23 +195,33 @@ impl<'a> Product<'a> {
                     // buffer holds the tile; integer layers have a start for each column.
                     unsafe { (self.kernel)(&layer.set, &tile) };
                 }
+                done += units / 2;
                 if block + 1 == blocks {
-                    let target = Target {
-                        row: first,
-                        rows,
-                        column: self.weight.panel_column(panel),
-                        columns: width.min(self.weight.n - self.weight.panel_column(panel)),
-                        width,
-                    };
                     // SAFETY: the caller's contract; tasks have disjoint parts of the result.
                     unsafe {
                         let values = sums.add(buffer_at);
                         let gate = self.gate.map(|gate| (gate, values.add(size)));
-                        sink.finish(self.weight, acts, &target, values, gate);
+                        sink.finish(self.level, weight, acts, &target, values, gate);
                     }
                 }
             }
         }
+    }
+
+    /// The panel that this thread (or another) will need after `panel`, and its bytes.
+    fn ahead(
+        &self,
+        layer: &PackedLinear,
+        panel: usize,
+        last_chunk: bool,
+    ) -> Option<(*const u8, usize)> {
+        let (panel, panels) = (panel + self.threads, self.weight.panels());
+        let (layer, panel) = match self.next {
+            _ if panel < panels => (layer, panel),
+            Some(next) if last_chunk => (next, panel - panels),
+            _ => return None,
+        };
+        (panel < layer.panels()).then(|| (layer.panel(panel).cast(), layer.panel_bytes(panel)))
     }
 }
 

@@ -4,7 +4,7 @@ use super::phases::timed;
 use super::{BlockConfig, BlockStream, BlockTail, NormKind, check};
 use crate::attention::{HeadOutput, HeadStream, Heads};
 use crate::error::KernelError;
-use crate::gemm::{Activation, KernelSet};
+use crate::gemm::{Activation, KernelSet, LANES};
 use crate::norm::forward_rows;
 use crate::packed::{
     Activations, Format, PACK_ROWS, PackedLinear, Product, Sink, pack_task, pack_tasks,
@@ -116,10 +116,12 @@ struct Work<'a> {
     modulation: Option<&'a [f32]>,
     /// The normalised input of the layers.
     normed: Activations,
-    /// `[rows, outputs of qkv]`
+    /// Queries, keys and values: `[heads, rows, head_dim]`, so that the attention reads each head's
+    /// rows one after the other; `[rows, heads * head_dim]` where heads are no whole vectors.
     qkv: SharedPtr<f32>,
     qkv_product: Product<'a>,
     qkv_width: usize,
+    head_dim: usize,
     tail: Option<TailWork<'a>>,
     _memory: Scratch,
 }
@@ -166,15 +168,21 @@ impl<'a> Work<'a> {
             qkv: SharedPtr(memory.as_mut_ptr().cast()),
             qkv_product: Product::new(stream.qkv, rows).before(stream.tail.map(|tail| tail.out)),
             qkv_width,
+            head_dim: cfg.attention.head_dim,
             tail: stream.tail.map(|tail| TailWork::new(&tail, rows, set)),
             _memory: memory,
         }
     }
 
     fn heads(&self) -> HeadStream<'_> {
+        let (pitch, head_pitch) = match self.has_split_heads() {
+            true => (self.head_dim, self.rows * self.head_dim),
+            false => (self.qkv_width, self.head_dim),
+        };
         HeadStream {
             qkv: self.qkv,
-            pitch: self.qkv_width,
+            pitch,
+            head_pitch,
             tokens: self.tokens,
             norms: self.head_norms,
             out: match &self.tail {
@@ -185,6 +193,10 @@ impl<'a> Work<'a> {
                 },
             },
         }
+    }
+
+    fn has_split_heads(&self) -> bool {
+        self.head_dim.is_multiple_of(LANES)
     }
 
     fn tasks(&self, phase: Phase) -> usize {
@@ -211,10 +223,17 @@ impl<'a> Work<'a> {
             match (phase, &self.tail) {
                 (Phase::Norm1, _) => self.normalise(0, task),
                 (Phase::Qkv, _) => {
-                    let sink = Sink::Store {
-                        out: self.qkv,
-                        pitch: self.qkv_width,
-                        activation: Activation::None,
+                    let sink = match self.has_split_heads() {
+                        true => Sink::Heads {
+                            out: self.qkv,
+                            dim: self.head_dim,
+                            head_pitch: self.rows * self.head_dim,
+                        },
+                        false => Sink::Store {
+                            out: self.qkv,
+                            pitch: self.qkv_width,
+                            activation: Activation::None,
+                        },
                     };
                     self.qkv_product.run(task, &self.normed, &sink);
                 }
@@ -355,18 +374,16 @@ impl<'a> TailWork<'a> {
 /// shift and scale at places `part` and `part + 1` of the modulation; of each sample where there is
 /// modulation, else one for all.
 fn affine(
-    [weight, bias]: [Option<&[f32]>; 2],
+    [weights, biases]: [Option<&[f32]>; 2],
     modulation: Option<&[f32]>,
     part: usize,
     batch: usize,
     width: usize,
 ) -> [Vec<f32>; 2] {
-    let weight = |i: usize| weight.map_or(1.0, |w| w[i]);
-    let bias = |i: usize| bias.map_or(0.0, |b| b[i]);
     let Some(modulation) = modulation else {
         return [
-            (0..width).map(weight).collect(),
-            (0..width).map(bias).collect(),
+            weights.map_or_else(|| vec![1.0; width], <[f32]>::to_vec),
+            biases.map_or_else(|| vec![0.0; width], <[f32]>::to_vec),
         ];
     };
     let (mut gains, mut offsets) = (
@@ -376,8 +393,16 @@ fn affine(
     for sample in modulation.chunks_exact(6 * width) {
         let shift = &sample[part * width..][..width];
         let scale = &sample[(part + 1) * width..][..width];
-        gains.extend((0..width).map(|i| weight(i) * (1.0 + scale[i])));
-        offsets.extend((0..width).map(|i| bias(i) * (1.0 + scale[i]) + shift[i]));
+        match weights {
+            Some(weight) => gains.extend(weight.iter().zip(scale).map(|(w, s)| w * (1.0 + s))),
+            None => gains.extend(scale.iter().map(|s| 1.0 + s)),
+        }
+        match biases {
+            Some(bias) => offsets.extend(
+                (bias.iter().zip(scale).zip(shift)).map(|((b, s), shift)| b * (1.0 + s) + shift),
+            ),
+            None => offsets.extend_from_slice(shift),
+        }
     }
     [gains, offsets]
 }

@@ -51,27 +51,32 @@ impl Block {
         image: Tensor<3>,
         text: Tensor<3>,
         time: &Tensor<3>,
-    ) -> (Tensor<3>, Option<Tensor<3>>) {
-        if let Some(after) = self.forward_packed(&image, &text, time) {
-            return after;
+    ) -> [Tensor<3>; 2] {
+        if let Some(streams) = self.image.packed(time).zip(self.text.packed(time)) {
+            return self.forward_packed((image, streams.0), (text, streams.1));
         }
         let image_gates = self.image.modulate(time);
         let text_gates = self.text.modulate(time);
         let image_qkv = self.image.attend(image.clone(), image_gates.as_ref());
         let text_qkv = self.text.attend(text.clone(), text_gates.as_ref());
         let (from_image, from_text) = joint_attention(image_qkv, text_qkv, self.attention);
-        let next_text = self.text.finish(text, from_text, text_gates);
-        let next_image = self.image.finish(image.clone(), from_image, image_gates);
-        (next_image.unwrap_or(image), next_text)
+        [
+            self.image.finish(image, from_image, image_gates),
+            self.text.finish(text, from_text, text_gates),
+        ]
+    }
+
+    /// Whether the text stream is changed: the last block's is read only.
+    pub(super) fn updates_text(&self) -> bool {
+        self.text.tail.is_some()
     }
 
     /// [`forward`](Self::forward) as one operation, where the weights are packed.
     fn forward_packed(
         &self,
-        image: &Tensor<3>,
-        text: &Tensor<3>,
-        time: &Tensor<3>,
-    ) -> Option<(Tensor<3>, Option<Tensor<3>>)> {
+        image: (Tensor<3>, PackedStream<'_>),
+        text: (Tensor<3>, PackedStream<'_>),
+    ) -> [Tensor<3>; 2] {
         let block = PackedBlock {
             attention: self.attention,
             head_dim: self.head_dim,
@@ -82,13 +87,7 @@ impl Block {
             rotary: None,
             key_mask: None,
         };
-        let streams = vec![
-            self.image.packed(image, time)?,
-            self.text.packed(text, time)?,
-        ];
-        let mut after = packed_block(&block, streams).into_iter();
-        let image = after.next()?;
-        Some((image, after.next().filter(|_| self.text.tail.is_some())))
+        packed_block(&block, [image, text])
     }
 }
 
@@ -190,8 +189,8 @@ impl Stream {
         self.tail.as_ref().map(|tail| tail.modulation.forward(time))
     }
 
-    /// This stream at `x`, where its weights are packed.
-    fn packed<'a>(&'a self, x: &Tensor<3>, time: &'a Tensor<3>) -> Option<PackedStream<'a>> {
+    /// This stream's weights, where they are packed.
+    fn packed<'a>(&'a self, time: &'a Tensor<3>) -> Option<PackedStream<'a>> {
         let tail = match &self.tail {
             None => None,
             Some(tail) => Some(PackedTail {
@@ -203,7 +202,6 @@ impl Stream {
             }),
         };
         Some(PackedStream {
-            x: x.clone(),
             norm1: [Some(&self.norm1.0), Some(&self.norm1.1)],
             modulation: self.tail.as_ref().map(|tail| Modulated {
                 time,
@@ -233,20 +231,20 @@ impl Stream {
         }
     }
 
-    /// Adds the attention's output and the feed-forward branch to `x [B, T, D]`.
-    fn finish(&self, x: Tensor<3>, attended: Tensor<3>, gates: Option<Gates>) -> Option<Tensor<3>> {
-        let (
-            tail,
-            Gates {
-                attention,
-                feed_forward,
-            },
-        ) = self.tail.as_ref().zip(gates)?;
+    /// Adds the attention's output and the feed-forward branch to `x [B, T, D]`; without a tail, `x`.
+    fn finish(&self, x: Tensor<3>, attended: Tensor<3>, gates: Option<Gates>) -> Tensor<3> {
+        let Some((tail, gates)) = self.tail.as_ref().zip(gates) else {
+            return x;
+        };
+        let Gates {
+            attention,
+            feed_forward,
+        } = gates;
         let x = gate_residual(x, attention.gate, tail.out.forward(attended));
         let modulation = Some((feed_forward.scale, feed_forward.shift));
         let y = layer_norm_modulate(x.clone(), None, modulation, EPS);
         let y = tail.up.forward_with(y, Activation::GeluTanh); // [B, T, 3 D]
-        Some(gate_residual(x, feed_forward.gate, tail.down.forward(y)))
+        gate_residual(x, feed_forward.gate, tail.down.forward(y))
     }
 }
 

@@ -95,7 +95,7 @@ impl Emmdit {
         };
         let EmmditState {
             mut image,
-            mut text,
+            text,
             time,
             mut skip,
         } = state;
@@ -117,11 +117,10 @@ impl Emmdit {
             see(&|| "pos_embed_lv0".to_owned(), &positions);
             image = image + positions;
         }
-        let (next_image, next_text) = self.groups[group][place].forward(image, text.clone(), &time);
-        image = next_image;
+        let block = &self.groups[group][place];
+        let [image, text] = block.forward(image, text, &time);
         see(&|| format!("block.{index:02}.hidden"), &image);
-        if let Some(next_text) = next_text {
-            text = next_text;
+        if block.updates_text() {
             see(&|| format!("block.{index:02}.context"), &text);
         }
         EmmditState {

@@ -17,7 +17,7 @@ use nitro_models::dinov2::Dinov2;
 use nitro_models::emmdit::Emmdit;
 use nitro_models::llama::Llama;
 use nitro_models::{
-    FormulaWeights, InputError, ParameterSource, ParameterSpec, Params, WeightError,
+    FormulaWeights, InputError, ParameterSource, ParameterSpec, Params, StoredTable, WeightError,
 };
 use nitro_ops::Precision;
 use nitro_pipeline::to_pictures;
@@ -392,5 +392,10 @@ impl ParameterSource for Formula {
 
     fn contains(&self, name: &str) -> bool {
         self.weights.contains(name)
+    }
+
+    fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
+        self.parameters.set(self.parameters.get() + spec.numel());
+        self.weights.table(spec)
     }
 }

@@ -142,6 +142,15 @@ impl ModelArgs {
         Ok(self.builder(side, progress)?.load()?)
     }
 
+    /// [`Self::load`] for a single request: what it needs first makes room for what it needs last.
+    pub(super) fn load_on_demand(
+        &self,
+        side: Option<usize>,
+        progress: &Progress,
+    ) -> anyhow::Result<Pipeline> {
+        Ok(self.builder(side, progress)?.on_demand(true).load()?)
+    }
+
     /// What loads it.
     pub(super) fn builder(
         &self,
