@@ -25,11 +25,11 @@ pub(super) struct GenerateArgs {
     /// What it should not show (used only with guidance)
     #[arg(short, long, alias = "negative", value_name = "TEXT")]
     negative_prompt: Option<String>,
-    /// Sampling steps [default: the variant's, 20 for base and grpo, 4 for dist]
+    /// Sampling steps [default: the variant's; Nitro-E's are 20, its distilled one's 4]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// How strongly the prompt steers; 1 or less means no guidance [default: the variant's, 4.5 for
-    /// base and grpo, none for dist]
+    /// How strongly the prompt steers; 1 or less means no guidance [default: the variant's;
+    /// Nitro-E's is 4.5, its distilled one has none]
     #[arg(short, long, alias = "cfg-scale", value_name = "SCALE")]
     guidance_scale: Option<f64>,
     /// Seed of the first picture, or `random`; picture k of a prompt gets seed + k
@@ -115,7 +115,7 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let progress = Progress::new(quiet);
     let result = args
         .model
-        .load(request.width.or(request.height), &progress)
+        .load_on_demand(request.width.or(request.height), &progress)
         .and_then(|pipeline| {
             let output = interrupt::watched(|| {
                 pipeline.generate_observed(&request, &mut |event| progress.follow(event))
