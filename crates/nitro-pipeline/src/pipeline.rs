@@ -158,13 +158,7 @@ impl Pipeline {
         count: usize,
     ) -> Result<Tensor<4>, PipelineError> {
         let decoder = self.decoder()?;
-        decode(
-            &decoder,
-            &self.autoencoder,
-            latents,
-            count,
-            &self.device,
-        )
+        decode(&decoder, &self.autoencoder, latents, count, &self.device)
     }
 
     /// A picture, cut and scaled to a square of `side` pixels, to latents as the denoiser sees them,
