@@ -269,12 +269,17 @@ function reuse() {
   };
   for (const [id, value] of Object.entries(values)) $(id).value = value;
   saveForm();
-  $("viewer").close();
-  $("prompt").focus();
+  toForm();
 }
 
 function startFrom() {
   setInit(open.blob);
+  toForm();
+}
+
+// Closes the viewer; the focus goes on to the prompt, not back to the picture.
+function toForm() {
+  open = null;
   $("viewer").close();
   $("prompt").focus();
 }
