@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nitro_data::shapes::{BENCH_JSONL, judge};
 
-pub use self::grammar::{held_out_bench, is_held_out, metadata_of, training_prompt};
+pub use self::grammar::{TASKS, held_out_bench, is_held_out, metadata_of, training_prompt};
 use crate::EvalError;
 use crate::geneval::{
     self, Detections, ImageResult, Kept, Metadata, Options, Results, evaluate, keep,

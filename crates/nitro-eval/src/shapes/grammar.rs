@@ -11,7 +11,7 @@ use super::{BenchPrompt, shapes_bench};
 use crate::geneval::Metadata;
 
 /// GenEval's tasks, in the order of its papers' tables.
-const TASKS: [Task; 6] = [
+pub const TASKS: [Task; 6] = [
     Task::SingleObject,
     Task::TwoObject,
     Task::Counting,
@@ -75,12 +75,9 @@ pub fn is_held_out(caption: &str) -> bool {
     (hash >> 32) % HELD_OUT == 0 || bench.contains(caption)
 }
 
-/// A prompt of the `index`-th of the six tasks (they take turns) that is not held out: a function of
-/// its arguments.
-pub fn training_prompt(index: u64, seed: u64) -> Metadata {
-    draw(TASKS[(index % 6) as usize], seed, |caption| {
-        !is_held_out(caption)
-    })
+/// A prompt of `task` that is not held out: a function of its arguments.
+pub fn training_prompt(task: Task, seed: u64) -> Metadata {
+    draw(task, seed, |caption| !is_held_out(caption))
 }
 
 /// 240 prompts of the grammar, 40 for each task, none of which is in the bench or trained on.
@@ -157,13 +154,15 @@ mod tests {
         assert!(held_out.len() > 180, "{} different prompts", held_out.len());
         assert!(held_out.is_disjoint(&bench));
         for i in 0..600 {
-            let prompt = training_prompt(i, 1000 + i).prompt;
+            let prompt = training_prompt(TASKS[i as usize % 6], 1000 + i).prompt;
             assert!(
                 !bench.contains(&prompt) && !held_out.contains(&prompt),
                 "{prompt}"
             );
         }
-        assert_eq!(training_prompt(3, 5), training_prompt(3, 5));
+        let again = || training_prompt(Task::Colors, 5);
+        assert_eq!(again(), again());
+        assert_eq!(again().tag, "colors");
     }
 
     #[test]
