@@ -236,13 +236,21 @@ fn distillation_resumes_to_the_bit_with_its_pairs() {
     assert_eq!(step(1)["adversarial"], 0.0, "not heard before its start");
     assert!(step(2)["adversarial"].as_f64().unwrap() > 0.0);
 
-    // Another teacher's pairs are refused.
+    // Another teacher's pairs are refused, and those that were chosen otherwise.
+    let select = pairs_config.replace("batch: 4", "batch: 4, select: {attempts: 2, reward: 1.0}");
+    let seed = [pairs_config.as_str(), "run.seed=7"];
+    for change in [&seed[..], &[select.as_str()]] {
+        let config = load("distill-miniature.yaml", &[&DISTILL[..], change].concat());
+        let error = run(&config, &place.join("third"), &export).unwrap_err();
+        assert!(error.to_string().contains("another teacher"), "{error}");
+    }
+    // The best of several pictures of a prompt.
+    let best = select.replace("/pairs", "/best");
     let config = load(
         "distill-miniature.yaml",
-        &[&DISTILL[..], &[pairs_config.as_str(), "run.seed=7"]].concat(),
+        &[&DISTILL[..], &[best.as_str(), "run.max_steps=1"]].concat(),
     );
-    let error = run(&config, &place.join("third"), &export).unwrap_err();
-    assert!(error.to_string().contains("another teacher"), "{error}");
+    run(&config, &place.join("best"), &export).unwrap();
 
     let pipeline = Pipeline::builder(export.display().to_string().as_str())
         .variant("dist")

@@ -61,6 +61,20 @@ pub struct PairsConfig {
     pub guidance: f32,
     /// Pairs painted together.
     pub batch: usize,
+    /// Pick among several pictures of a prompt.
+    #[serde(default)]
+    pub select: Option<Selection>,
+}
+
+/// The teacher's failures are not taught: a prompt is painted again, from other noise, until its
+/// picture's reward is good enough (best-of-n; RAFT, arXiv 2304.06767).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Selection {
+    /// Pictures painted of a prompt at most; the best is kept.
+    pub attempts: usize,
+    /// The reward that is good enough.
+    pub reward: f64,
 }
 
 /// The loss against the teacher's picture.
@@ -137,6 +151,13 @@ impl DistillTask {
         let pairs = &self.pairs;
         if self.steps == 0 || pairs.shards * pairs.shard_size == 0 || pairs.batch == 0 {
             return fail("steps, pairs.shards, pairs.shard_size and pairs.batch start at 1".into());
+        }
+        if let Some(Selection { attempts, reward }) = pairs.select
+            && (attempts == 0 || !reward.is_finite())
+        {
+            return fail(format!(
+                "pairs.select: {attempts} attempts for a reward of {reward}: expected at least one"
+            ));
         }
         if !(0.0..=1.0).contains(&self.simulate) {
             return fail(format!("simulate is {}, a share is 0 to 1", self.simulate));

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 pub use self::config::{
     AdversarialConfig, AdversarialLoss, DiscriminatorConfig, DistillTask, PairsConfig,
-    ReconstructionConfig, ReconstructionLoss,
+    ReconstructionConfig, ReconstructionLoss, Selection,
 };
 
 use self::discriminator::{Heads, PREFIX};
@@ -69,7 +69,17 @@ pub fn run(
     let prompts = Prompts::open(&task.prompts)?;
     let bar = pairs_bar(&task.pairs, options.quiet);
     let stop = || options.stop.is_some_and(|s| s.load(Ordering::Relaxed));
-    pairs::synthesize(&task.pairs, &frozen, &prompts, run.seed, &bar, &stop)?;
+    let rewards = Rewards::open(&task.rewards)?;
+    pairs::Studio {
+        config: &task.pairs,
+        frozen: &frozen,
+        prompts: &prompts,
+        rewards: &rewards,
+        seed: run.seed,
+        bar: &bar,
+        stop: &stop,
+    }
+    .synthesize()?;
     bar.finish_and_clear();
     let pairs = Pairs::open(&task.pairs, &frozen, run.seed)?;
 
@@ -85,7 +95,7 @@ pub fn run(
             task,
             run,
         },
-        rewards: Rewards::open(&task.rewards)?,
+        rewards,
         prompts,
     };
     training.train(config, &mut state, dir, options)?;
