@@ -135,6 +135,19 @@ fn grpo_agrees_with_its_rollouts_and_resumes_to_the_bit() {
         assert_eq!(line["on_policy_deviation"], 0.0, "{line}");
     }
 
+    // On the forward process: other updates, the same resumption.
+    let forward = [
+        "task.objective={kind: forward, beta: 1.0, levels: [0.4, 1.0], draws: 2}",
+        "task.noise.level=0",
+        "run.ema_rate=0.5",
+    ];
+    for (steps, name) in [("2", "forward"), ("1", "again"), ("2", "again")] {
+        let steps = format!("run.max_steps={steps}");
+        run(&with(&steps, &forward), &place.join(name), &export).unwrap();
+    }
+    assert_eq!(end("forward").store, end("again").store);
+    assert_eq!(end("forward").updates, 8, "two updates of each draw");
+
     // The adapter is a variant of the model it was exported into.
     assert!(
         LoraAdapter::open(export.join("grpo"))
@@ -177,6 +190,10 @@ fn configurations_that_cannot_work_are_refused_before_anything_runs() {
             "not a linear layer",
         ),
         ("task.rewards=[]", "nothing to optimise"),
+        (
+            "task.objective={kind: forward, beta: 1.0, levels: [0.9, 0.4], draws: 2}",
+            "two noise levels",
+        ),
     ] {
         let config = load("grpo-miniature.yaml", &[&GRPO[..], &[change]].concat());
         let error = run(&config, &place.join("run"), &place.join("out")).unwrap_err();

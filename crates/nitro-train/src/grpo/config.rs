@@ -44,7 +44,10 @@ pub struct GrpoTask {
     /// Samples of a group start from one noise.
     #[serde(default)]
     pub shared_noise: bool,
-    /// Optimiser steps made from each rollout.
+    /// How a policy learns from a rollout.
+    #[serde(default)]
+    pub objective: ObjectiveConfig,
+    /// Optimiser steps made from each rollout; on the forward process, from each draw of it.
     pub updates_per_rollout: usize,
     /// Policy ratios beyond `1 +- clip_range` give no gradient.
     pub clip_range: f32,
@@ -65,6 +68,27 @@ pub struct GrpoTask {
 
 fn base() -> String {
     "base".into()
+}
+
+/// How a policy learns from a rollout's advantages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum ObjectiveConfig {
+    /// From the log-probabilities of the sampler's own stochastic steps: the clipped surrogate
+    /// (Flow-GRPO).
+    #[default]
+    Likelihood,
+    /// From the pictures alone, by flow matching towards the better and away from the worse of a group
+    /// (DiffusionNFT, arXiv 2509.16117). The rollout may follow the ODE (`noise` of level 0, no window);
+    /// the averaged adapter paints it and is what updates are kept close to.
+    Forward {
+        /// How far the implicit positive and negative policies lie from the old one.
+        beta: f32,
+        /// Noise levels (sigma) that are trained, drawn uniformly.
+        levels: (f32, f32),
+        /// Passes over the samples, each with other noise and levels.
+        draws: usize,
+    },
 }
 
 /// A window of steps that draw noise, drawn anew for each rollout (Flow-GRPO-Fast; MixGRPO, arXiv
@@ -186,6 +210,18 @@ impl GrpoTask {
             return fail(format!(
                 "a window of {size} steps from one of the first {starts} does not fit into {}",
                 self.steps
+            ));
+        }
+        if let ObjectiveConfig::Forward {
+            beta,
+            levels: (low, high),
+            draws,
+        } = self.objective
+            && !(beta > 0.0 && 0.0 < low && low < high && high <= 1.0 && draws > 0)
+        {
+            return fail(format!(
+                "objective: beta {beta}, levels [{low}, {high}], {draws} draws: expected beta above 0, two \
+                 noise levels within 0 to 1, and draws"
             ));
         }
         if !(self.clip_range > 0.0 && self.advantage_clip > 0.0 && self.kl_beta >= 0.0) {

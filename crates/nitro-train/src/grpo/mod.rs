@@ -9,6 +9,7 @@
 mod advantage;
 mod collapse;
 mod config;
+mod forward;
 mod objective;
 mod report;
 mod rollout;
@@ -25,11 +26,12 @@ use nitro_pipeline::Variant;
 use serde_json::{Value, json};
 
 pub use self::config::{
-    AdvantageStd, CollapseConfig, EvalConfig, GrpoTask, TimestepChoice, Window,
+    AdvantageStd, CollapseConfig, EvalConfig, GrpoTask, ObjectiveConfig, TimestepChoice, Window,
 };
 
 use self::advantage::advantages;
 use self::collapse::{History, Vitals};
+use self::forward::Forward;
 use self::rollout::{Rollout, Studio};
 use self::update::{Learner, Updates};
 use crate::TrainError;
@@ -129,7 +131,10 @@ impl Training<'_> {
                 run.warmup_steps,
                 run.decay_steps,
             );
-            let policy = self.policy(&state.store.current())?;
+            let policy = self.policy(&match self.task.objective {
+                ObjectiveConfig::Likelihood => state.store.current(),
+                ObjectiveConfig::Forward { .. } => state.store.averaged(),
+            })?;
             let studio = Studio {
                 frozen: &self.frozen,
                 task: self.task,
@@ -152,7 +157,23 @@ impl Training<'_> {
                 run,
             };
             let begun = Instant::now();
-            let updates = learner.learn(state, &rollout, &advantages.values, lr)?;
+            let updates = match self.task.objective {
+                ObjectiveConfig::Likelihood => {
+                    learner.learn(state, &rollout, &advantages.values, lr)?
+                }
+                ObjectiveConfig::Forward {
+                    beta,
+                    levels,
+                    draws,
+                } => Forward {
+                    learner: &learner,
+                    old: &policy,
+                    beta,
+                    levels,
+                    draws,
+                }
+                .learn(state, &rollout, &advantages.values, lr)?,
+            };
             let seconds = begun.elapsed().as_secs_f64();
             state.step += 1;
 
