@@ -130,9 +130,11 @@ impl GenEvalArgs {
         };
         let keep = |new: Vec<[Vec<ImageResult>; 2]>, done: usize| {
             progress.set(done as u64);
-            for (results, records) in new.into_iter().flat_map(|new| results.iter_mut().zip(new)) {
-                if ranks::is_first() && !records.is_empty() {
-                    results.add(records)?;
+            for new in new {
+                for (results, records) in results.iter_mut().zip(new) {
+                    if ranks::is_first() && !records.is_empty() {
+                        results.add(records)?;
+                    }
                 }
             }
             Ok(())
