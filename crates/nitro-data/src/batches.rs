@@ -16,7 +16,8 @@ use crate::{DataError, Result};
 #[derive(Debug)]
 pub struct Batches {
     order: Order,
-    shard_sizes: Vec<usize>,
+    /// Stream by stream.
+    shard_sizes: Vec<Vec<usize>>,
     per_epoch: u64,
     /// The epoch asked for last.
     plan: Mutex<Option<(u64, Arc<Plan>)>>,
@@ -25,12 +26,12 @@ pub struct Batches {
 type Plan = Vec<Vec<usize>>;
 
 impl Batches {
-    /// The batches of `order` over shards of these sizes. An incomplete batch at an epoch's end is
+    /// The batches of `order` over streams with shards of these sizes. An incomplete batch at an epoch's end is
     /// left out, as the official training does.
     ///
     /// # Errors
     /// Numbers from which no order follows, or an epoch without a whole batch.
-    pub fn new(shard_sizes: Vec<usize>, order: Order) -> Result<Self> {
+    pub fn new(shard_sizes: Vec<Vec<usize>>, order: Order) -> Result<Self> {
         let mut this = Self {
             order,
             shard_sizes,
@@ -42,7 +43,7 @@ impl Batches {
         if this.per_epoch == 0 {
             return Err(DataError::Order(format!(
                 "{} samples make no batch of {}; choose a smaller batch",
-                this.shard_sizes.iter().sum::<usize>(),
+                this.order.choose(&this.shard_sizes)?.iter().sum::<usize>(),
                 this.order.batch_size
             )));
         }
@@ -85,7 +86,7 @@ mod tests {
 
     #[test]
     fn any_batch_of_any_epoch_can_be_asked_for() {
-        let sizes = vec![40, 40, 48];
+        let sizes = vec![vec![40, 40, 48]];
         let batches = Batches::new(sizes.clone(), Order::shuffled(10)).unwrap();
         assert_eq!(batches.per_epoch(), 128 / 10);
         let all: Vec<_> = (0..36).map(|n| batches.get(n).unwrap()).collect();
@@ -100,7 +101,7 @@ mod tests {
             assert_eq!(batches.get(number).unwrap(), all[number as usize]);
         }
         // Seven samples are repeated until each of 64 canonical nodes has one.
-        let few = |batch| Batches::new(vec![3, 4], Order::shuffled(batch));
+        let few = |batch| Batches::new(vec![vec![3], vec![4]], Order::shuffled(batch));
         assert_eq!(few(8).unwrap().per_epoch(), 8);
         assert!(few(65).is_err());
     }
@@ -109,7 +110,7 @@ mod tests {
     /// on one machine the same as ours.
     #[test]
     fn the_batches_of_several_ranks_are_the_same_ones_together() {
-        let sizes = vec![100, 100, 60];
+        let sizes = vec![vec![100, 100], vec![60]];
         for (ranks, workers) in [(2, 1), (4, 1), (4, 3)] {
             let world = World {
                 nodes: 1,

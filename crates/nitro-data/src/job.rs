@@ -60,6 +60,17 @@ impl Tally {
         }
     }
 
+    /// Adds what another process did.
+    pub fn add(&mut self, other: Tally) {
+        self.written += other.written;
+        for (reason, more) in other.skipped {
+            let skipped = self.skipped.entry(reason).or_default();
+            skipped.count += more.count;
+            skipped.examples.extend(more.examples);
+            skipped.examples.truncate(EXAMPLES);
+        }
+    }
+
     /// Records left out for all reasons.
     pub fn skipped(&self) -> u64 {
         self.skipped.values().map(|skipped| skipped.count).sum()

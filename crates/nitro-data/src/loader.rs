@@ -183,7 +183,7 @@ impl<T: Send + 'static> Loader<T> {
             seed: Some(self.state.shuffle_seed),
             initial_nodes: Some(self.state.initial_physical_nodes),
         };
-        let sizes = self.dataset.shard_sizes().concat();
+        let sizes = self.dataset.shard_sizes();
         let work = self.options.order.work(&sizes, self.options.world, place)?;
         let ranks = self.options.world.ranks_per_node;
         let (node, rank) = (self.options.rank / ranks, self.options.rank % ranks);

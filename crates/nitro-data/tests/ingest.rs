@@ -1,9 +1,11 @@
 //! Raw sets to shards: every record is written or counted, and a killed ingest goes on exactly.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
+use flate2::write::GzEncoder;
 use nitro_data::image::{decode, encode_jpeg};
 use nitro_data::ingest::{
     CAPTION, Folder, IngestOptions, Ingested, JPG, JourneyDb, ParquetPictures, ParquetRows,
@@ -273,6 +275,26 @@ fn tars_of_webdataset_and_sa1b() {
     let done = run(&sa1b, &dir.path().join("sa1b"), &options());
     assert_eq!(captions(&dir.path().join("sa1b")), ["one", "three", "five"]);
     assert_eq!(skipped(&done.tally), [("no caption", 1)]);
+
+    // The same in gzip's clothes, also in several members and under another name.
+    let packed = dir.path().join("packed");
+    fs::create_dir(&packed).unwrap();
+    let bytes = fs::read(raw.join("a.tar")).unwrap();
+    let member = |part: &[u8]| {
+        let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(part).unwrap();
+        encoder.finish().unwrap()
+    };
+    let members = [member(&bytes[..1000]), member(&bytes[1000..])].concat();
+    fs::write(packed.join("a.tar.gz"), &members).unwrap();
+    fs::write(packed.join("b.tgz"), member(&bytes)).unwrap();
+    let gz = Tars::open(&packed, None, "caption").unwrap();
+    run(&gz, &dir.path().join("gz"), &options());
+    let twice = ["from txt", "from json", "from txt", "from json"];
+    assert_eq!(captions(&dir.path().join("gz")), twice);
+    fs::write(packed.join("b.tgz"), &members[..members.len() / 2]).unwrap();
+    let done = run(&gz, &dir.path().join("cut-gz"), &options());
+    assert_eq!(done.tally.skipped["damaged tar, rest not read"].count, 1);
 
     // A tar that ends early gives what is whole and is counted.
     let bytes = fs::read(raw.join("a.tar")).unwrap();

@@ -5,9 +5,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use nitro_data::image::encode_jpeg;
-use nitro_data::mds::order::{Order, Place, World};
+use nitro_data::mds::order::{Order, Place, Streams, Weight, World};
 use nitro_data::mds::{
     Array, Compression, Dataset, Dtype, Hash, Scalar, Schema, Value, Writer, WriterOptions,
 };
@@ -32,8 +33,10 @@ const PACKAGES: [&str; 16] = [
     "certifi",
 ];
 
-fn script() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/read_mds.py")
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/python")
+        .join(name)
 }
 
 fn has_package(python: &Path) -> bool {
@@ -42,8 +45,13 @@ fn has_package(python: &Path) -> bool {
     status.is_ok_and(|output| output.status.success())
 }
 
-/// A Python with the package, or why there is none.
+/// A Python with the package, or why there is none. Tests run side by side: the first one looks.
 fn python() -> Result<PathBuf, String> {
+    static FOUND: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    FOUND.get_or_init(find_python).clone()
+}
+
+fn find_python() -> Result<PathBuf, String> {
     let own = std::env::var_os("NITRO_PYTHON").unwrap_or("python3".into());
     let own = PathBuf::from(own);
     if has_package(&own) {
@@ -91,20 +99,13 @@ fn python_reads_what_is_written_here() {
         let expected = write(&out, compression);
         let scratch = dir.path().join(format!("{name}-scratch"));
         std::fs::create_dir(&scratch).unwrap();
-        let output = Command::new(&python)
-            .arg(script())
-            .args([&out, &scratch])
-            .output()
-            .unwrap();
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{error}");
-        let line = String::from_utf8_lossy(&output.stdout);
-        let line = line.lines().last().unwrap_or_default();
-        let seen: Json = serde_json::from_str(line).unwrap();
+        let seen = run(Command::new(&python)
+            .arg(script("read_mds.py"))
+            .args([&out, &scratch]));
         println!("{name}: mosaicml-streaming {}", seen["version"]);
         assert_eq!(seen["samples"], Json::Array(expected), "{name}");
 
-        let sizes = Dataset::open(&out).unwrap().shard_sizes().concat();
+        let sizes = Dataset::open(&out).unwrap().shard_sizes();
         for seed in [9176, 5] {
             let order = Order {
                 seed,
@@ -123,6 +124,139 @@ fn python_reads_what_is_written_here() {
             }
         }
     }
+}
+
+/// The JSON in the last line that a script printed.
+fn run(script: &mut Command) -> Json {
+    let output = script.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(text.lines().last().unwrap_or_default()).unwrap()
+}
+
+/// Streams that the package weights, and how an epoch is made up of them.
+struct Case {
+    /// Keys and values of each `Stream`.
+    weights: [Json; 2],
+    /// Arguments of the `StreamingDataset`.
+    dataset: Json,
+}
+
+impl Case {
+    /// The same, in our words.
+    fn order(&self) -> Order {
+        let weight = |stream: &Json| match stream.as_object().unwrap().is_empty() {
+            true => None,
+            false => Some(serde_json::from_value::<Weight>(stream.clone()).unwrap()),
+        };
+        let number = |key: &str| self.dataset[key].as_u64();
+        let named = |key: &str| serde_json::from_value(self.dataset[key].clone());
+        Order {
+            shuffle: self.dataset["shuffle"].as_bool().unwrap(),
+            seed: number("shuffle_seed").unwrap(),
+            streams: Streams {
+                weights: self.weights.iter().map(weight).collect(),
+                epoch_size: number("epoch_size").map(|size| size as usize),
+                sampling: named("sampling_method").unwrap_or_default(),
+                granularity: number("sampling_granularity").unwrap_or(1) as usize,
+            },
+            ..Order::shuffled(4)
+        }
+    }
+}
+
+#[test]
+fn weighted_streams_come_in_the_order_of_the_package() {
+    let python = match python() {
+        Ok(python) => python,
+        Err(reason) => {
+            println!("skipped: mosaicml-streaming cannot be installed here ({reason})");
+            return;
+        }
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let folders = ["a", "b"].map(|name| dir.path().join(name));
+    numbers(&folders[0], 157);
+    numbers(&folders[1], 71);
+    let case = |weights, dataset| Case { weights, dataset };
+    let none = || json!({});
+    let cases = [
+        case(
+            [none(), none()],
+            json!({"shuffle": true, "shuffle_seed": 7}),
+        ),
+        case(
+            [json!({"repeat": 2.0}), json!({"repeat": 0.5})],
+            json!({"shuffle": true, "shuffle_seed": 9176}),
+        ),
+        case(
+            [json!({"choose": 33}), none()],
+            json!({"shuffle": true, "shuffle_seed": 3, "sampling_granularity": 5}),
+        ),
+        case(
+            [json!({"repeat": 1.37}), json!({"choose": 100})],
+            json!({"shuffle": false, "shuffle_seed": 3}),
+        ),
+        case(
+            [json!({"proportion": 0.3}), json!({"proportion": 0.5})],
+            json!({"shuffle": true, "shuffle_seed": 11}),
+        ),
+        case(
+            [json!({"proportion": 2.0}), json!({"proportion": 5.0})],
+            json!({"shuffle": true, "shuffle_seed": 12, "epoch_size": 333, "sampling_method": "fixed"}),
+        ),
+        case(
+            [none(), none()],
+            json!({"shuffle": true, "shuffle_seed": 5, "epoch_size": 101}),
+        ),
+        case(
+            [json!({"repeat": 0.0}), none()],
+            json!({"shuffle": true, "shuffle_seed": 5}),
+        ),
+    ];
+    let asked: Vec<Json> = cases
+        .iter()
+        .map(|case| {
+            let streams = folders.iter().zip(&case.weights).map(|(folder, weight)| {
+                let mut stream = weight.clone();
+                stream["local"] = json!(folder);
+                stream
+            });
+            json!({"streams": streams.collect::<Vec<_>>(), "dataset": case.dataset})
+        })
+        .collect();
+    let theirs = run(Command::new(&python)
+        .arg(script("streams.py"))
+        .args([&json!(asked).to_string(), dir.path().to_str().unwrap()]));
+    let sizes = Dataset::open_all(&folders, Default::default())
+        .unwrap()
+        .shard_sizes();
+    assert!(sizes[0].len() > 3 && sizes[1].len() > 1, "{sizes:?}");
+    for (i, case) in cases.iter().enumerate() {
+        for epoch in 0..2 {
+            let work = case
+                .order()
+                .work(&sizes, World::SINGLE, Place::epoch(epoch))
+                .unwrap();
+            let ours = json!(work.worker(0, 0, 0));
+            assert_eq!(theirs[i][epoch as usize], ours, "case {i}, epoch {epoch}");
+        }
+    }
+}
+
+/// A dataset of numbers in shards of about thirty.
+fn numbers(out: &Path, count: i64) {
+    let options = WriterOptions {
+        size_limit: 800,
+        ..WriterOptions::default()
+    };
+    let schema = Schema::new([("n", "int")]).unwrap();
+    let mut writer = Writer::create(out, schema, options).unwrap();
+    for n in 0..count {
+        writer.write(&[("n", Value::Int(n))]).unwrap();
+    }
+    writer.finish().unwrap();
 }
 
 /// Writes 90 samples and gives what Python is to see of them.

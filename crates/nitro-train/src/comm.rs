@@ -1,107 +1,17 @@
-//! What several processes of one run say to each other.
+//! How a run's work is shared among its processes ([`nitro_comm`]).
 //!
 //! A run's batch is cut among its processes by rank; each computes the gradient of its part, and
 //! [`Comm::sum`] adds the parts up. Everything else (weights, moments, averages, schedule) is the same
 //! on every process, because it follows from the same sums in the same order.
 
-use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Barrier, Mutex, PoisonError};
 
 use crate::TrainError;
 use crate::optimizer::NamedGradients;
+use crate::store::ParameterStore;
 
-/// One of the processes of a run.
-pub trait Comm: fmt::Debug + Send + Sync {
-    /// This process's number, from 0. Rank 0 writes files and talks.
-    fn rank(&self) -> usize;
-
-    /// The number of processes.
-    fn size(&self) -> usize;
-
-    /// Replaces `values` by their sum over all processes, to the same bits on each. All call it with
-    /// equally many values.
-    ///
-    /// # Errors
-    /// Another process is gone.
-    fn sum(&self, values: &mut [f32]) -> Result<(), TrainError>;
-}
-
-/// A run of one process.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Single;
-
-impl Comm for Single {
-    fn rank(&self) -> usize {
-        0
-    }
-
-    fn size(&self) -> usize {
-        1
-    }
-
-    fn sum(&self, _: &mut [f32]) -> Result<(), TrainError> {
-        Ok(())
-    }
-}
-
-/// One rank of several that are threads of one process: what tests use in MPI's place.
-#[derive(Debug)]
-pub struct Thread {
-    rank: usize,
-    group: Arc<Group>,
-}
-
-#[derive(Debug)]
-struct Group {
-    parts: Vec<Mutex<Vec<f32>>>,
-    barrier: Barrier,
-}
-
-impl Thread {
-    /// The ranks of a group of `size`, one for each thread.
-    pub fn group(size: usize) -> Vec<Self> {
-        let group = Arc::new(Group {
-            parts: (0..size).map(|_| Mutex::default()).collect(),
-            barrier: Barrier::new(size),
-        });
-        (0..size)
-            .map(|rank| Self {
-                rank,
-                group: group.clone(),
-            })
-            .collect()
-    }
-}
-
-impl Comm for Thread {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.group.parts.len()
-    }
-
-    fn sum(&self, values: &mut [f32]) -> Result<(), TrainError> {
-        let part = |rank: usize| {
-            self.group.parts[rank]
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-        };
-        *part(self.rank) = values.to_vec();
-        self.group.barrier.wait();
-        values.fill(0.0);
-        for rank in 0..self.size() {
-            for (sum, value) in values.iter_mut().zip(part(rank).iter()) {
-                *sum += value;
-            }
-        }
-        // Nobody writes the next part before all have read this one.
-        self.group.barrier.wait();
-        Ok(())
-    }
-}
+use nitro_comm::agree;
+pub use nitro_comm::{Comm, CommError, Single, Thread, connect};
 
 /// The examples of a batch of `batch` that part `part` of `parts` of this process computes.
 ///
@@ -166,6 +76,25 @@ fn sum_bucket(
     Ok(())
 }
 
+/// Fails unless all processes have the same weights at the same step.
+///
+/// Weights follow from the same sums, but each process computes its own: machines with other
+/// instruction sets round differently, and a run that was started from different files is two runs.
+pub(crate) fn agree_on_weights(
+    comm: &dyn Comm,
+    step: u64,
+    store: &ParameterStore,
+) -> Result<(), TrainError> {
+    if comm.size() == 1 {
+        return Ok(());
+    }
+    let sum = store.iter().fold(0, |sum, (_, entry)| {
+        crc32c::crc32c_append(sum, bytemuck::cast_slice(&entry.value))
+    });
+    let text = format!("weights {sum:08x} at step {step}");
+    Ok(agree(comm, "what they train", &text)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,12 +124,7 @@ mod tests {
             mean(&comm, &mut gradients, &mut scalars).unwrap();
             (gradients, scalars)
         };
-        let threads: Vec<_> = Thread::group(2)
-            .into_iter()
-            .map(|comm| std::thread::spawn(move || work(comm)))
-            .collect();
-        for thread in threads {
-            let (gradients, scalars) = thread.join().unwrap();
+        for (gradients, scalars) in Thread::run(2, work) {
             assert_eq!(gradients["a"], [0.5, 1.0]);
             assert_eq!(gradients["b"], [1.0; 3]);
             assert_eq!(scalars, [0.5, 8.0]);

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::TrainError;
-pub use crate::data_config::{DataConfig, MdsData};
+pub use crate::data_config::{DataConfig, MdsData, StreamConfig, WeightedStream};
 use crate::distill::DistillTask;
 use crate::grpo::GrpoTask;
 use crate::lora::LoraTask;
@@ -290,6 +290,12 @@ impl RunConfig {
                 "batch_size {} does not divide among {processes} processes and {} parts of each \
                  (accumulate)",
                 run.batch_size, run.accumulate
+            )
+        } else if processes > 1 && matches!(self.task, TaskConfig::Grpo(_) | TaskConfig::Distill(_))
+        {
+            format!(
+                "a task of kind `{}` runs as one process, and {processes} were started",
+                self.task.kind()
             )
         } else if run.save_every == 0 || run.log_every == 0 {
             "save_every and log_every must be at least 1".to_owned()

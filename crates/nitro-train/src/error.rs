@@ -89,9 +89,9 @@ pub enum TrainError {
     /// The thread that makes batches ended.
     #[error("the thread that makes batches ended before the run; its message is above")]
     DataThread,
-    /// Another process of the run is gone, or MPI does not work.
-    #[error("processes of the run cannot reach each other: {0}")]
-    Comm(String),
+    /// The processes of the run cannot go on together.
+    #[error(transparent)]
+    Comm(#[from] nitro_comm::CommError),
     /// Too many steps in a row had a gradient that is not finite.
     #[error(
         "{steps} steps in a row had a gradient that is not finite (last at step {step}); lower the learning rate"

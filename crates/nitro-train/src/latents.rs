@@ -6,6 +6,7 @@
 //! shards that are missing, and a picture is rendered again where it is needed (REPA's teacher).
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -24,13 +25,13 @@ use crate::pictures::from_bytes;
 pub const SHARD: usize = 2048;
 const BATCH: usize = 32;
 
-/// Renders `shards * SHARD` pairs from `seed`, encodes them with the autoencoder in
+/// Renders the pairs of these shards from `seed`, encodes them with the autoencoder in
 /// `frozen/dc-ae`, and writes the shards that are missing in `out`.
 pub fn precompute(
     frozen: &Path,
     out: &Path,
     seed: u64,
-    shards: usize,
+    shards: Range<usize>,
     side: usize,
     precision: Precision,
     bar: &ProgressBar,
@@ -44,8 +45,8 @@ pub fn precompute(
         path: out.to_owned(),
         source,
     })?;
-    bar.set_length((shards * SHARD) as u64);
-    for index in 0..shards {
+    bar.set_length((shards.len() * SHARD) as u64);
+    for index in shards {
         let path = shard_path(out, index);
         if path.exists() {
             bar.inc(SHARD as u64);

@@ -48,6 +48,17 @@ pub fn run(
         check_writable(dir)?;
         check_writable(export)?;
     }
+    run_task(config, dir, export, options)?;
+    // What was exported is there for all.
+    Ok(options.comm.wait()?)
+}
+
+fn run_task(
+    config: &RunConfig,
+    dir: &Path,
+    export: &Path,
+    options: &RunOptions,
+) -> Result<(), TrainError> {
     match &config.task {
         TaskConfig::Autoencoder(task) => {
             let training = Autoencoder::new(&config.run, task);
@@ -185,7 +196,9 @@ impl Miniature {
         let second = placed(&self.stage2, &latents, out, None, Some(&stage1))?;
         run(&second, &runs.join("stage2"), out, options)?;
         match &second.task {
-            TaskConfig::Emmdit(task) => write_card(out, task.text_tokens, self.latents.image_size),
+            TaskConfig::Emmdit(task) if options.comm.rank() == 0 => {
+                write_card(out, task.text_tokens, self.latents.image_size)
+            }
             _ => Ok(()),
         }
     }
@@ -240,7 +253,7 @@ fn write_card(out: &Path, text_tokens: usize, resolution: usize) -> Result<(), T
 }
 
 /// Writes the cached pairs that are missing in `dir`, with the autoencoder of the model folder
-/// `frozen`.
+/// `frozen`. Several processes share the shards.
 pub fn cache_latents(
     frozen: &Path,
     dir: &Path,
@@ -261,7 +274,9 @@ pub fn cache_latents(
         image_size,
         seed,
     } = plan;
-    crate::latents::precompute(frozen, dir, seed, shards, image_size, precision, &bar)?;
+    let comm = options.comm.as_ref();
+    let mine = nitro_comm::part(comm, shards);
+    crate::latents::precompute(frozen, dir, seed, mine, image_size, precision, &bar)?;
     bar.finish();
-    Ok(())
+    Ok(comm.wait()?)
 }

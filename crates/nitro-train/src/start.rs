@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use burn::tensor::{Device, Tensor};
+use nitro_comm::agree;
 use nitro_models::{
     ParameterSource, ParameterSpec, Params, RandomInit, TensorMap, WeightError, WeightFiles,
 };
@@ -11,7 +12,7 @@ use serde_json::json;
 
 use crate::TrainError;
 use crate::checkpoint::Checkpoint;
-use crate::comm::Comm;
+use crate::comm::{Comm, agree_on_weights};
 use crate::config::RunConfig;
 use crate::files::write_json;
 use crate::store::ParameterStore;
@@ -34,7 +35,8 @@ const NOT_ESSENTIAL: [&str; 10] = [
 /// The newest checkpoint of `dir`, or a fresh start with the `initial` parameters. `data` tells what
 /// data and frozen models the run has ([`Task::fingerprint`](crate::trainer::Task::fingerprint)).
 ///
-/// Nothing is written before the folder's run is known to be this one.
+/// Nothing is written before the folder's run is known to be this one, and all processes to see the
+/// same.
 pub(crate) fn start(
     config: &RunConfig,
     dir: &Path,
@@ -63,6 +65,10 @@ pub(crate) fn start(
             store: initial()?,
         },
     };
+    let sum = crc32c::crc32c(state.config.as_bytes());
+    let text = format!("configuration {sum:08x} and data {data:?}");
+    agree(comm, "configuration or data", &text)?;
+    agree_on_weights(comm, state.step, &state.store)?;
     if comm.rank() == 0 {
         write_json(&dir.join("config.json"), config)?;
         note_start(dir, config, state.step, comm.size())?;

@@ -1,7 +1,7 @@
 //! The loop that every run goes through: batch, loss, gradient, step; progress, samples, scores,
 //! checkpoints.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -151,12 +151,16 @@ pub fn train<T: Task>(
     })?;
     let mut log = Log::open(dir, state.step, common, comm.rank() == 0, options.quiet)?;
     log.say(format!(
-        "{}: {:.2}M parameters, {} steps of {} from step {}",
+        "{}: {:.2}M parameters, {} steps of {} from step {}{}",
         config.task.kind(),
         state.store.trainable_count() as f64 / 1e6,
         common.max_steps,
         common.batch_size,
-        state.step
+        state.step,
+        match comm.size() {
+            1 => String::new(),
+            size => format!(", {size} processes"),
+        }
     ));
     let first = state.step;
     std::thread::scope(|scope| {
@@ -230,7 +234,7 @@ impl<T: Task> Run<'_, T> {
                 let lr = self.rate(step.saturating_sub(1));
                 let skipped = step - self.state.updates;
                 let mut line = self.meter.take(step, lr, common.batch_size, skipped);
-                self.tell_damage(&mut line);
+                self.tell_damage(&mut line)?;
                 self.log.write(&line)?;
             }
             if every(common.save_every, step) || stop {
@@ -248,10 +252,10 @@ impl<T: Task> Run<'_, T> {
     }
 
     /// Counts damaged samples in the log's line, and names each damaged shard once.
-    fn tell_damage(&mut self, line: &mut Line) {
-        let damage = self.task.damage();
+    fn tell_damage(&mut self, line: &mut Line) -> Result<(), TrainError> {
+        let damage = self.damage()?;
         if damage.is_empty() {
-            return;
+            return Ok(());
         }
         line["damaged_samples"] = damage.iter().map(|d| d.samples).sum::<usize>().into();
         for Damage { shard, reason, .. } in damage {
@@ -262,6 +266,28 @@ impl<T: Task> Run<'_, T> {
                 ));
             }
         }
+        Ok(())
+    }
+
+    /// What all processes met. Two of them may have met the same samples of a shard, so the most that
+    /// one of them met is what is surely lost.
+    fn damage(&self) -> Result<Vec<Damage>, TrainError> {
+        let own = self.task.damage();
+        if self.comm.size() == 1 {
+            return Ok(own);
+        }
+        let mut all = BTreeMap::<PathBuf, Damage>::new();
+        for part in self
+            .comm
+            .gather(&serde_json::to_vec(&own).unwrap_or_default())?
+        {
+            let part: Vec<Damage> = serde_json::from_slice(&part).unwrap_or_default();
+            for damage in part {
+                let known = all.entry(damage.shard.clone()).or_insert(damage.clone());
+                known.samples = known.samples.max(damage.samples);
+            }
+        }
+        Ok(all.into_values().collect())
     }
 
     fn rate(&self, step: u64) -> f64 {
@@ -321,11 +347,13 @@ impl<T: Task> Run<'_, T> {
         Ok((report.applied, numbers[0] > 0.0))
     }
 
+    /// Writes a checkpoint of weights that all processes have, and waits until it is there.
     fn save(&mut self) -> Result<(), TrainError> {
+        comm::agree_on_weights(self.comm, self.state.step, &self.state.store)?;
         if self.comm.rank() == 0 {
             self.state.save(self.dir, self.config.run.keep)?;
         }
-        Ok(())
+        Ok(self.comm.wait()?)
     }
 
     /// Sample pictures and the score at the present step; the best weights so far are kept.

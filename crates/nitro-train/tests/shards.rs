@@ -184,17 +184,12 @@ fn processes_and_parts_see_the_same_batches() {
     let run = |ranks: usize, parts: &str| {
         let dir = folder.path().join(format!("{ranks}-{parts}"));
         let config = config(&[&data], &["run.max_steps=7", parts]);
-        std::thread::scope(|scope| {
-            for comm in Thread::group(ranks) {
-                let (config, dir) = (&config, &dir);
-                scope.spawn(move || {
-                    let options = RunOptions {
-                        comm: Arc::new(comm),
-                        ..quiet()
-                    };
-                    miniature::run(config, dir, &dir.join("export"), &options).unwrap();
-                });
-            }
+        Thread::run(ranks, |comm| {
+            let options = RunOptions {
+                comm: Arc::new(comm),
+                ..quiet()
+            };
+            miniature::run(&config, &dir, &dir.join("export"), &options).unwrap();
         });
         numbers(&dir, "loss")
     };
@@ -206,6 +201,60 @@ fn processes_and_parts_see_the_same_batches() {
             assert!((a - b).abs() < 1e-4 * a.abs(), "{one:?} {others:?}");
         }
     }
+}
+
+#[test]
+fn weights_say_how_often_a_dataset_is_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    write(&at("a"), 80, 0);
+    write(&at("b"), 48, 0);
+    let with = |weights: [&str; 2], extra: &[&str]| {
+        let place = |name: &str, weight: &str| {
+            let path = at(name).display().to_string();
+            format!("{{path: {path:?}{weight}}}")
+        };
+        let streams = [place("a", weights[0]), place("b", weights[1])].join(", ");
+        let streams = format!("task.data.datasets=[{streams}]");
+        let common = ["run.batch_size=16", "run.max_steps=6", &streams];
+        RunConfig::from_text(
+            CONFIG,
+            "the test",
+            &[&common[..], extra]
+                .concat()
+                .iter()
+                .map(|text| (*text).to_owned())
+                .collect::<Vec<_>>(),
+        )
+    };
+    let steps = |config: &RunConfig| plan(config, 1).unwrap().emmdit.unwrap().steps_per_epoch;
+    assert_eq!(steps(&with(["", ""], &[]).unwrap()), 8);
+    let twice = with([", repeat: 2", ", choose: 32"], &[]).unwrap();
+    assert_eq!(steps(&twice), 12);
+    let shares = [", proportion: 3", ", proportion: 1"];
+    assert_eq!(
+        steps(&with(shares, &["task.data.epoch_size=640"]).unwrap()),
+        40
+    );
+
+    // A run keeps its weights.
+    train(&twice, &at("run")).unwrap();
+    let error = train(&with(["", ""], &["run.max_steps=8"]).unwrap(), &at("run")).unwrap_err();
+    assert!(error.to_string().contains("[160, 32]"), "{error}");
+    train(
+        &with([", repeat: 2", ", choose: 32"], &["run.max_steps=8"]).unwrap(),
+        &at("run"),
+    )
+    .unwrap();
+
+    let error = with([", repeat: 2, choose: 3", ""], &[]).unwrap();
+    let error = plan(&error, 1).unwrap_err().to_string();
+    assert!(error.contains("several weights"), "{error}");
+    let error = with([", times: 2", ""], &[]).unwrap_err().to_string();
+    assert!(error.contains("times"), "{error}");
+    let mixed = with([", proportion: 2", ""], &[]).unwrap();
+    let error = plan(&mixed, 1).unwrap_err().to_string();
+    assert!(error.contains("proportion"), "{error}");
 }
 
 #[test]

@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use nitro_train::TrainError;
 use nitro_train::checkpoint::Checkpoint;
-use nitro_train::comm::Thread;
+use nitro_train::comm::{Comm, CommError, Thread};
 use nitro_train::config::RunConfig;
 use nitro_train::miniature;
 use nitro_train::store::ParameterStore;
@@ -43,12 +45,7 @@ fn run(folder: &Path, ranks: usize, parts: usize) -> (ParameterStore, Vec<f64>) 
         };
         miniature::run(&config, &dir, &dir.join("export"), &options).unwrap();
     };
-    std::thread::scope(|scope| {
-        for comm in Thread::group(ranks) {
-            let dir = dir.clone();
-            scope.spawn(move || work(comm, dir));
-        }
-    });
+    Thread::run(ranks, |comm| work(comm, dir.clone()));
     let log = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
     let losses = log
         .lines()
@@ -100,4 +97,104 @@ fn a_batch_that_does_not_divide_is_refused() {
     let error = miniature::run(&config("run.accumulate=3"), &dir, &dir, &options).unwrap_err();
     assert!(error.to_string().contains("batch_size 4"), "{error}");
     assert!(!dir.exists(), "nothing was written");
+}
+
+#[test]
+fn processes_that_differ_are_told_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("run");
+    let start = |rank_seed: [u64; 2]| {
+        Thread::run(2, |comm| {
+            let seed = rank_seed[comm.rank()];
+            let options = RunOptions {
+                quiet: true,
+                comm: Arc::new(comm),
+                ..RunOptions::default()
+            };
+            let config = config(&format!("run.seed={seed}"));
+            miniature::run(&config, &dir, &dir.join("export"), &options)
+        })
+    };
+    for error in start([1, 2]) {
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("rank 1") && error.contains("configuration"),
+            "{error}"
+        );
+    }
+    assert!(!dir.join("config.json").exists(), "nothing was written");
+}
+
+#[test]
+fn a_rank_that_fails_ends_the_others_and_leaves_a_whole_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("run");
+    let results = Thread::run(2, |comm| {
+        let rank = comm.rank();
+        let mut config = config("run.save_every=2");
+        // Rank 1's disk is full, or its data are damaged: it goes as far as step 3.
+        let comm: Arc<dyn Comm> = match rank {
+            0 => Arc::new(comm),
+            _ => Arc::new(Failing {
+                comm,
+                sums: AtomicUsize::new(0),
+            }),
+        };
+        config.run.max_steps = 100;
+        let options = RunOptions {
+            quiet: true,
+            comm,
+            ..RunOptions::default()
+        };
+        miniature::run(&config, &dir, &dir.join("export"), &options)
+    });
+    for (rank, result) in results.into_iter().enumerate() {
+        let error = result.unwrap_err();
+        assert!(matches!(error, TrainError::Comm(_)), "rank {rank}: {error}");
+    }
+    let (_, checkpoint) = Checkpoint::latest(&dir).unwrap().unwrap();
+    assert!(checkpoint.step >= 2 && checkpoint.step % 2 == 0);
+    let options = RunOptions {
+        quiet: true,
+        ..RunOptions::default()
+    };
+    let mut config = config("run.save_every=2");
+    config.run.max_steps = checkpoint.step + 2;
+    miniature::run(&config, &dir, &dir.join("export"), &options).unwrap();
+}
+
+/// A rank whose fifth message fails.
+#[derive(Debug)]
+struct Failing {
+    comm: Thread,
+    sums: AtomicUsize,
+}
+
+impl Comm for Failing {
+    fn rank(&self) -> usize {
+        self.comm.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.comm.size()
+    }
+
+    fn sum(&self, values: &mut [f32]) -> Result<(), CommError> {
+        // Two messages a step: numbers, gradients.
+        match self.sums.fetch_add(1, Ordering::Relaxed) {
+            0..6 => self.comm.sum(values),
+            _ => {
+                self.comm.abort(1);
+                Err(CommError::Gone { rank: 1 })
+            }
+        }
+    }
+
+    fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        self.comm.gather(bytes)
+    }
+
+    fn abort(&self, code: i32) {
+        self.comm.abort(code);
+    }
 }

@@ -293,7 +293,7 @@ fn what_cannot_be_done_is_told_before_anything_is_written() {
         ),
         (
             &["ingest", "webdataset", "photos", "--out", "x"],
-            "holds no .tar files",
+            "holds no .tar, .tar.gz",
         ),
         (
             &[

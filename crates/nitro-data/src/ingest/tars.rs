@@ -1,7 +1,8 @@
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use flate2::bufread::MultiGzDecoder;
 use serde_json::json;
 
 use super::folder::{caption_file, read_caption};
@@ -19,19 +20,25 @@ pub struct Tars {
     files: Vec<PathBuf>,
 }
 
+/// How gzip files begin.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
 impl Tars {
-    /// All `*.tar` below `root`, or the one tar `root`. Captions come from the folder `captions` if
+    /// All `*.tar`, `*.tar.gz` and `*.tgz` below `root`, or the one tar `root`. Captions come from the folder `captions` if
     /// given (`NAME.txt`), else from the sample's `.txt`, else from the field `field` of its `.json`.
     pub fn open(root: &Path, captions: Option<&Path>, field: &str) -> Result<Self> {
         let is_tar = |path: &Path| {
-            path.extension()
-                .is_some_and(|e| e.eq_ignore_ascii_case("tar"))
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let name = name.to_ascii_lowercase();
+            [".tar", ".tar.gz", ".tgz"]
+                .iter()
+                .any(|ending| name.ends_with(ending))
         };
         let files = files_below(root, is_tar)?;
         if files.is_empty() {
             return Err(DataError::Source {
                 path: root.to_owned(),
-                reason: "holds no .tar files (compressed ones must be expanded first)".to_owned(),
+                reason: "holds no .tar, .tar.gz or .tgz files".to_owned(),
             });
         }
         Ok(Self {
@@ -75,7 +82,14 @@ impl Tars {
 
     fn read(&self, tar: &Path, sink: &mut dyn FnMut(Record) -> Result<()>) -> Result<Broken> {
         let file = File::open(tar).map_err(DataError::io("open", tar))?;
-        let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, file));
+        let mut file = BufReader::with_capacity(1 << 20, file);
+        // By what it is, not by its name: a file's first bytes are gzip's, or an entry's path.
+        let begin = file.fill_buf().map_err(DataError::io("read", tar))?;
+        let input: Box<dyn Read> = match begin.starts_with(&GZIP) {
+            true => Box::new(MultiGzDecoder::new(file)),
+            false => Box::new(file),
+        };
+        let mut archive = tar::Archive::new(input);
         let entries = match archive.entries() {
             Ok(entries) => entries,
             Err(e) => return Ok(Some(e.to_string())),

@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::shard::Shard;
 use super::{Index, Sample, Schema, ShardInfo};
 use crate::{DataError, Result};
@@ -42,7 +44,7 @@ pub struct DatasetOptions {
 }
 
 /// Samples that could not be read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Damage {
     /// The shard.
     pub shard: PathBuf,

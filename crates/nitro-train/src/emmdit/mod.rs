@@ -246,7 +246,7 @@ fn known_null_text(task: &EmmditTask) -> Result<Option<Vec<f32>>, TrainError> {
     let shape = [task.text_tokens, task.model.caption_channels];
     match &task.data {
         DataConfig::Mds(data) if data.precompute_txt_emb => {
-            null_text::find(data.null_emb_path.as_deref(), &data.datasets, shape)
+            null_text::find(data.null_emb_path.as_deref(), &data.folders(), shape)
         }
         _ => Ok(None),
     }

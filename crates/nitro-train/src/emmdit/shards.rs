@@ -31,6 +31,8 @@ const DINO_FEAT: &str = "dino_feat";
 pub(super) struct Shards {
     dataset: Dataset,
     batches: Batches,
+    /// How many samples of each folder an epoch has, where weights say so.
+    weights: String,
     layout: Layout,
     seed: u64,
     workers: usize,
@@ -61,7 +63,7 @@ impl Shards {
             },
             scratch: None,
         };
-        let dataset = Dataset::open_all(&data.datasets, options)?;
+        let dataset = Dataset::open_all(&data.folders(), options)?;
         let layout = Layout {
             latents: latents_column(&dataset, data.latents.as_deref())?,
             wanted,
@@ -71,10 +73,16 @@ impl Shards {
         layout.check_first(&dataset)?;
         let order = Order {
             seed: data.shuffle_seed,
+            streams: data.streams()?,
             ..Order::shuffled(run.batch_size)
         };
+        let weights = match order.streams.is_plain() {
+            true => String::new(),
+            false => format!(", epochs of {:?}", order.choose(&dataset.shard_sizes())?),
+        };
         Ok(Self {
-            batches: Batches::new(dataset.shard_sizes().concat(), order)?,
+            batches: Batches::new(dataset.shard_sizes(), order)?,
+            weights,
             dataset,
             layout,
             seed: run.seed,
@@ -150,7 +158,8 @@ impl Source for Shards {
             let text = std::fs::read(&path).map_err(|source| TrainError::Io { path, source })?;
             sum = crc32c::crc32c_append(sum, &text);
         }
-        Ok(format!("{} samples {sum:08x}", self.dataset.len()))
+        let samples = self.dataset.len();
+        Ok(format!("{samples} samples {sum:08x}{}", self.weights))
     }
 
     fn damage(&self) -> Vec<Damage> {

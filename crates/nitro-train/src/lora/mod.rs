@@ -93,6 +93,9 @@ pub fn run(
         task,
     };
     let store = train(&training, config, dir, options)?;
+    if options.comm.rank() != 0 {
+        return Ok(());
+    }
     let base = format!("{} ({})", task.model, task.variant);
     training.adapter.export(&store, export, &base)
 }

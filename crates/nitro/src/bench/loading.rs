@@ -5,7 +5,9 @@ use nitro_data::mds::{Schema, Value, Writer, WriterOptions};
 use nitro_models::FormulaWeights;
 use nitro_models::emmdit::RepaConfig;
 use nitro_train::TrainError;
-use nitro_train::config::{DataConfig, EmmditTask, MdsData, RepaTask, RunConfig, TaskConfig};
+use nitro_train::config::{
+    DataConfig, EmmditTask, MdsData, RepaTask, RunConfig, StreamConfig, TaskConfig,
+};
 use nitro_train::emmdit::EmmditTraining;
 use nitro_train::null_text;
 use nitro_train::trainer::Task;
@@ -87,7 +89,7 @@ impl Shards {
         task.text_tokens = tokens;
         if let DataConfig::Mds(data) = &mut task.data {
             *data = MdsData {
-                datasets: vec![folder.path().to_owned()],
+                datasets: vec![StreamConfig::Folder(folder.path().to_owned())],
                 precompute_txt_emb: true,
                 precompute_dino_feat: true,
                 num_workers: 2,

@@ -11,10 +11,11 @@ use std::time::Instant;
 use clap::{Args, Subcommand};
 use nitro_data::DataError;
 use nitro_data::job::{Share, Tally};
-use nitro_data::mds::{Compression, Hash, WriterOptions, merge_index};
+use nitro_data::mds::{Compression, Damage, Hash, Index, WriterOptions, merge_index};
+use serde::{Deserialize, Serialize};
 
 use super::failure::say;
-use super::interrupt;
+use super::{interrupt, ranks};
 
 /// What to do with data.
 #[derive(Subcommand)]
@@ -59,11 +60,13 @@ struct OutputArgs {
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = Hash::from_name)]
     hashes: Vec<Hash>,
     /// This process's number among those that share the work; it writes into DIR/RANK
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    rank: usize,
+    /// [default: as mpirun or srun says, else 0]
+    #[arg(long, value_name = "N", requires = "ranks")]
+    rank: Option<usize>,
     /// Processes that share the work; the last one to finish joins all parts
-    #[arg(long, default_value_t = 1, value_name = "N", value_parser = positive)]
-    ranks: usize,
+    /// [default: as mpirun or srun says, else 1]
+    #[arg(long, value_name = "N", requires = "rank", value_parser = positive)]
+    ranks: Option<usize>,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -74,11 +77,18 @@ fn positive(text: &str) -> Result<usize, String> {
 }
 
 impl OutputArgs {
-    fn share(&self) -> Share {
-        Share {
-            rank: self.rank,
-            ranks: self.ranks,
+    /// This process's share: as the arguments say, else of the processes that were started together,
+    /// which it meets.
+    fn share(&self) -> anyhow::Result<Share> {
+        if let (Some(rank), Some(ranks)) = (self.rank, self.ranks) {
+            return Ok(Share { rank, ranks });
         }
+        ranks::join()?;
+        let comm = ranks::comm();
+        Ok(Share {
+            rank: comm.rank(),
+            ranks: comm.size(),
+        })
     }
 
     fn writer(&self) -> WriterOptions {
@@ -110,53 +120,102 @@ pub(super) fn run(command: &DataCommand) -> anyhow::Result<()> {
     })
 }
 
-/// What a job has done, for its end.
-struct Done<'a> {
-    what: &'static str,
-    tally: &'a Tally,
+/// What this process has done of a job.
+#[derive(Serialize, Deserialize)]
+struct Done {
+    tally: Tally,
     shards: usize,
-    /// What earlier runs of the job had done.
-    before: &'a Tally,
-    begun: Instant,
-    share: Share,
+    /// Samples that this run of the job wrote.
+    now: u64,
+    seconds: f64,
     /// Whether the dataset's own index is there.
     complete: bool,
+    /// Damaged shards that were met.
+    damage: Vec<Damage>,
 }
 
-impl Done<'_> {
-    fn report(&self, json: bool) {
-        let seconds = self.begun.elapsed().as_secs_f64();
-        let now = self.tally.written.saturating_sub(self.before.written);
-        let rate = now as f64 / seconds.max(1e-9);
+impl Done {
+    /// What was written of `index` since `begun`, when `before` was done.
+    fn of(index: &Index, tally: Tally, before: &Tally, begun: Instant, complete: bool) -> Self {
+        Self {
+            shards: index.shards.len(),
+            now: tally.written.saturating_sub(before.written),
+            seconds: begun.elapsed().as_secs_f64(),
+            tally,
+            complete,
+            damage: Vec::new(),
+        }
+    }
+
+    /// What all processes have done together.
+    fn together(self) -> anyhow::Result<Self> {
+        let comm = ranks::comm();
+        if comm.size() == 1 {
+            return Ok(self);
+        }
+        let mut all = comm.gather(&serde_json::to_vec(&self)?)?.into_iter();
+        let first = all.next().unwrap_or_default();
+        let mut sum: Self = serde_json::from_slice(&first)?;
+        for other in all {
+            let other: Self = serde_json::from_slice(&other)?;
+            sum.tally.add(other.tally);
+            sum.shards += other.shards;
+            sum.now += other.now;
+            sum.seconds = sum.seconds.max(other.seconds);
+            // The last process to finish joins the parts.
+            sum.complete |= other.complete;
+            for damage in other.damage {
+                if !sum.damage.iter().any(|known| known.shard == damage.shard) {
+                    sum.damage.push(damage);
+                }
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Tells what was done, `what` being written: once for all processes.
+    fn report(self, what: &'static str, share: Share, json: bool) -> anyhow::Result<()> {
+        let done = self.together()?;
+        let rate = done.now as f64 / done.seconds.max(1e-9);
         if json {
             say(serde_json::json!({
-                "samples": self.tally.written,
-                "skipped": self.tally.skipped,
-                "shards": self.shards,
-                "written_now": now,
-                "seconds": seconds,
+                "samples": done.tally.written,
+                "skipped": done.tally.skipped,
+                "shards": done.shards,
+                "written_now": done.now,
+                "seconds": done.seconds,
                 "per_second": rate,
-                "complete": self.complete,
+                "complete": done.complete,
             }));
-            return;
+            return Ok(());
         }
-        let Done { what, shards, .. } = self;
+        let Done {
+            shards,
+            now,
+            seconds,
+            ..
+        } = done;
         say(format!(
             "{} samples in {shards} shard(s); now {now} {what} in {seconds:.1} s, {rate:.2} {what}/s",
-            self.tally.written
+            done.tally.written
         ));
-        for (reason, skipped) in &self.tally.skipped {
+        for (reason, skipped) in &done.tally.skipped {
             say(format!("left out: {} ({reason}), such as:", skipped.count));
             for example in &skipped.examples {
                 say(format!("  {example}"));
             }
         }
-        if !self.complete {
+        if !done.complete {
             say(format!(
                 "rank {} of {} is done; the last rank to finish joins the parts",
-                self.share.rank, self.share.ranks
+                share.rank, share.ranks
             ));
         }
+        for damage in done.damage {
+            let shard = damage.shard.display();
+            say(format!("damaged: {shard}: {}", damage.reason));
+        }
+        Ok(())
     }
 }
 

@@ -8,6 +8,8 @@ use nitro::bench::BenchError;
 use nitro_data::DataError;
 use nitro_train::TrainError;
 
+use super::ranks;
+
 /// The model, the disk or the network failed.
 const FAILED: u8 = 1;
 /// What was asked cannot be done; clap uses the same code for arguments it cannot read.
@@ -49,9 +51,11 @@ pub(super) fn report(error: &anyhow::Error) -> ExitCode {
             _ => None,
         }
     });
+    let (code, who) = (code.unwrap_or(FAILED), ranks::failing());
     // Where standard error is closed there is nobody to tell; the code still says it.
-    let _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
-    ExitCode::from(code.unwrap_or(FAILED))
+    let _ = writeln!(std::io::stderr(), "error: {who}{}", one_line(error));
+    ranks::abort(code);
+    ExitCode::from(code)
 }
 
 fn data_code(error: &DataError) -> Option<u8> {
@@ -62,8 +66,12 @@ fn data_code(error: &DataError) -> Option<u8> {
     }
 }
 
-/// Prints a line on standard output; a reader that went away is no failure.
+/// Prints a line on standard output; a reader that went away is no failure. Of several processes, the
+/// first talks.
 pub(super) fn say(line: impl std::fmt::Display) {
+    if !ranks::is_first() {
+        return;
+    }
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 

@@ -11,6 +11,7 @@ mod model_args;
 mod outputs;
 mod post_train;
 mod progress;
+mod ranks;
 mod reproduce;
 mod serve;
 mod train;
@@ -85,7 +86,7 @@ pub(crate) fn run() -> ExitCode {
         }) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
-    match result {
+    match result.and_then(|()| ranks::leave()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failure::report(&error),
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nitro::{DownloadProgress, Event, Stage};
 
-use super::interrupt;
+use super::{interrupt, ranks};
 
 /// One line that shows what is being done.
 #[derive(Clone)]
@@ -17,7 +17,7 @@ pub(super) struct Progress {
 
 impl Progress {
     pub(super) fn new(quiet: bool) -> Self {
-        let bar = ProgressBar::with_draw_target(None, target(quiet));
+        let bar = ProgressBar::with_draw_target(None, target(quiet || !ranks::is_first()));
         bar.enable_steady_tick(Duration::from_millis(100));
         Self { bar }
     }

@@ -11,7 +11,7 @@ use nitro_train::plan::plan;
 use nitro_train::trainer::RunOptions;
 
 use super::failure::say;
-use super::{interrupt, post_train};
+use super::{interrupt, post_train, ranks};
 
 /// What to train.
 #[derive(Subcommand)]
@@ -148,9 +148,9 @@ pub(super) struct CommonArgs {
 impl CommonArgs {
     pub(super) fn options(&self) -> RunOptions {
         RunOptions {
-            quiet: self.quiet,
+            quiet: self.quiet || !ranks::is_first(),
             stop: Some(interrupt::flag()),
-            ..RunOptions::default()
+            comm: ranks::comm(),
         }
     }
 }
@@ -158,6 +158,9 @@ impl CommonArgs {
 /// Runs the command.
 pub(super) fn run(command: &TrainCommand) -> anyhow::Result<()> {
     interrupt::install();
+    if !matches!(command, TrainCommand::Export(_)) {
+        ranks::join()?;
+    }
     let work = || match command {
         TrainCommand::Run(args) => {
             let config = RunConfig::load(&args.config, &args.overrides)?;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use nitro_data::mds::order::{Order, Place, World, partition, shuffle_py1s};
+use nitro_data::mds::order::{Order, Place, Streams, World, partition, shuffle_py1s};
 use nitro_data::mds::{
     Compression, Dataset, DatasetOptions, Hash, INDEX, Index, Value, Verify, Writer, WriterOptions,
     merge_index,
@@ -272,6 +272,7 @@ fn orders(name: &str, path: &Path, folder: &Path, report: &mut Report) -> Result
         seed: args.shuffle_seed,
         canonical_nodes: None,
         batch_size: args.batch_size,
+        streams: Streams::default(),
     };
     for (i, given) in all.generate_work.iter().enumerate() {
         let world = World {
@@ -284,7 +285,7 @@ fn orders(name: &str, path: &Path, folder: &Path, report: &mut Report) -> Result
             sample_in_epoch: field(given, "sample_in_epoch")?,
             ..Place::default()
         };
-        let work = order.work(&sizes, world, place)?;
+        let work = order.work(&[&sizes], world, place)?;
         let title = format!("{name} generate_work {i}");
         report.equal(
             &format!("{title} canonical nodes"),
@@ -310,7 +311,7 @@ fn orders(name: &str, path: &Path, folder: &Path, report: &mut Report) -> Result
             ..World::SINGLE
         };
         for (epoch, batches) in given["epochs"].as_object().into_iter().flatten() {
-            let work = order.work(&sizes, world, Place::epoch(epoch.parse()?))?;
+            let work = order.work(&[&sizes], world, Place::epoch(epoch.parse()?))?;
             let found = work.batches(0, 0, field(given, "drop_last")?);
             let title = format!("{name} DataLoader, {workers} workers, epoch {epoch}");
             report.equal(&title, &found, &serde_json::from_value(batches.clone())?);
@@ -337,7 +338,7 @@ fn iterated(
         };
         for (epoch, expected) in given[key].as_object().into_iter().flatten() {
             let Ok(epoch) = epoch.parse() else { continue };
-            let work = order.work(sizes, World::SINGLE, Place::epoch(epoch))?;
+            let work = order.work(&[sizes], World::SINGLE, Place::epoch(epoch))?;
             let expected = serde_json::from_value(expected.clone())?;
             report.equal(
                 &format!("{name} {key} {epoch}"),
@@ -360,7 +361,7 @@ fn iterated(
             .as_array()
             .ok_or_else(|| anyhow!("epochs of rank {rank}"))?;
         for (epoch, expected) in epochs.iter().enumerate() {
-            let work = order.work(sizes, two, Place::epoch(epoch as u64))?;
+            let work = order.work(&[sizes], two, Place::epoch(epoch as u64))?;
             let expected = serde_json::from_value(expected.clone())?;
             let title = format!("{name} rank {rank} of 2, epoch {epoch}");
             report.equal(&title, &work.worker(0, rank, 0), &expected);

@@ -1,18 +1,20 @@
 //! Which sample comes when: the order of mosaicml-streaming's `StreamingDataset` with the shuffle
 //! `py1s`, or without shuffle.
 //!
-//! Shards are spread over *canonical nodes*, whose number belongs to the training and not to the
+//! Dataset folders are *streams*, of which an epoch may take more or less ([`Streams`]). Shards are spread over *canonical nodes*, whose number belongs to the training and not to the
 //! machine, so that the order survives a change of machines. The shuffle mixes shards within a
 //! canonical node and samples within a shard ([`shuffle_py1s`]); the partition deals the canonical
 //! nodes' samples out to nodes, ranks and loader workers ([`partition`]).
 
 mod partition;
 mod shuffle;
+mod streams;
 
 use serde::{Deserialize, Serialize};
 
 pub use partition::{Work, partition};
 pub use shuffle::shuffle_py1s;
+pub use streams::{Sampling, Streams, Weight};
 
 use crate::{DataError, Result};
 
@@ -46,7 +48,7 @@ impl World {
 }
 
 /// What decides the order, besides the shards and the world.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Order {
     /// Shuffle with `py1s`.
     pub shuffle: bool,
@@ -56,6 +58,8 @@ pub struct Order {
     pub canonical_nodes: Option<usize>,
     /// Samples in a batch of one rank.
     pub batch_size: usize,
+    /// How often an epoch takes the samples of each stream.
+    pub streams: Streams,
 }
 
 impl Order {
@@ -66,6 +70,7 @@ impl Order {
             seed: DEFAULT_SEED,
             canonical_nodes: None,
             batch_size,
+            streams: Streams::default(),
         }
     }
 
@@ -87,16 +92,34 @@ impl Order {
         self.canonical_nodes.unwrap_or(default)
     }
 
-    /// The samples of an epoch for everyone, from `place` on. `shard_sizes` are the samples of each
-    /// shard, folders one behind the other.
+    /// Samples of each stream in an epoch. `shard_sizes` are the samples of each shard, stream by
+    /// stream.
     ///
     /// # Errors
-    /// Numbers of zero, or of nodes and canonical nodes that do not divide each other.
-    pub fn work(&self, shard_sizes: &[usize], world: World, place: Place) -> Result<Work> {
+    /// Weights that do not go together.
+    pub fn choose(&self, shard_sizes: &[impl AsRef<[usize]>]) -> Result<Vec<usize>> {
+        let count = |sizes: &dyn AsRef<[usize]>| sizes.as_ref().iter().sum();
+        let samples: Vec<usize> = shard_sizes.iter().map(|sizes| count(sizes)).collect();
+        self.streams.choose(&samples, self.seed)
+    }
+
+    /// The samples of an epoch for everyone, from `place` on. `shard_sizes` are the samples of each
+    /// shard, stream by stream; streams without weights are one behind the other as one is.
+    ///
+    /// # Errors
+    /// Numbers of zero, or of nodes and canonical nodes that do not divide each other; weights that do
+    /// not go together.
+    pub fn work(
+        &self,
+        shard_sizes: &[impl AsRef<[usize]>],
+        world: World,
+        place: Place,
+    ) -> Result<Work> {
         let canonical = place
             .canonical_nodes
             .unwrap_or_else(|| self.canonical_nodes_in(world));
-        let samples = shard_sizes.iter().sum();
+        let chosen = self.choose(shard_sizes)?;
+        let samples = chosen.iter().sum();
         let mut work = partition(
             samples,
             canonical,
@@ -105,14 +128,16 @@ impl Order {
             place.sample_in_epoch,
             place.initial_nodes,
         )?;
+        let seed = place.seed.unwrap_or(self.seed);
+        let sizes: Vec<&[usize]> = shard_sizes.iter().map(AsRef::as_ref).collect();
+        let epoch = self
+            .streams
+            .resample(&sizes, &chosen, seed, place.epoch, self.shuffle)?;
         if self.shuffle {
-            let seed = place.seed.unwrap_or(self.seed);
-            let ids = shuffle_py1s(shard_sizes, canonical, seed, place.epoch)?;
-            for id in &mut work.ids {
-                if let Ok(index) = usize::try_from(*id) {
-                    *id = ids[index] as i64;
-                }
-            }
+            work.replace(&shuffle_py1s(&epoch.units, canonical, seed, place.epoch)?);
+        }
+        if let Some(samples) = &epoch.samples {
+            work.replace(samples);
         }
         Ok(work)
     }

@@ -11,6 +11,15 @@ pub struct Work {
 }
 
 impl Work {
+    /// Puts what `by` has at each number in its place.
+    pub(super) fn replace(&mut self, by: &[usize]) {
+        for id in &mut self.ids {
+            if let Ok(index) = usize::try_from(*id) {
+                *id = by[index] as i64;
+            }
+        }
+    }
+
     /// All samples of one worker, in order, without padding.
     pub fn worker(&self, node: usize, rank_of_node: usize, worker: usize) -> Vec<usize> {
         let [_, ranks, workers, batches, size] = self.shape;

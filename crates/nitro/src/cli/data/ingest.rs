@@ -3,8 +3,8 @@ use std::time::Instant;
 
 use clap::{Args, Subcommand};
 use nitro_data::ingest::{
-    Folder, IngestOptions, JourneyDb, ParquetPictures, ParquetRows, PictureRules, Source, Tars,
-    ingest,
+    Folder, IngestOptions, Ingested, JourneyDb, ParquetPictures, ParquetRows, PictureRules, Source,
+    Tars, ingest,
 };
 
 use super::{Done, OutputArgs};
@@ -117,7 +117,7 @@ pub(in crate::cli) struct CommonArgs {
     /// Do not decode JPEG files that are only copied: faster, and damaged ones get in
     #[arg(long)]
     trust: bool,
-    /// Stop after this many samples
+    /// Stop after this many samples (of each process)
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
     /// Print the summary as JSON
@@ -130,7 +130,9 @@ pub(in crate::cli) struct CommonArgs {
 
 /// Runs the command.
 pub(super) fn run(command: &IngestCommand) -> anyhow::Result<()> {
-    let (source, common) = open(command)?;
+    let common = command.common();
+    let share = common.output.share()?;
+    let source = open(command)?;
     let options = IngestOptions {
         pictures: PictureRules {
             min_side: common.min_side,
@@ -140,7 +142,7 @@ pub(super) fn run(command: &IngestCommand) -> anyhow::Result<()> {
         },
         writer: common.output.writer(),
         limit: common.limit,
-        share: common.output.share(),
+        share,
     };
     let progress = Progress::new(common.quiet);
     progress.stage("ingesting");
@@ -152,20 +154,30 @@ pub(super) fn run(command: &IngestCommand) -> anyhow::Result<()> {
     });
     progress.clear();
     let ingested = result?;
-    Done {
-        what: "samples",
-        tally: &ingested.tally,
-        shards: ingested.index.shards.len(),
-        before: &ingested.before,
-        begun,
-        share: options.share,
-        complete: ingested.complete,
-    }
-    .report(common.json);
-    Ok(())
+    let Ingested {
+        index,
+        tally,
+        before,
+        complete,
+    } = ingested;
+    Done::of(&index, tally, &before, begun, complete).report("samples", share, common.json)
 }
 
-fn open(command: &IngestCommand) -> anyhow::Result<(Box<dyn Source>, &CommonArgs)> {
+impl IngestCommand {
+    fn common(&self) -> &CommonArgs {
+        match self {
+            Self::Folder { common, .. }
+            | Self::Sa1b { common, .. }
+            | Self::Journeydb { common, .. }
+            | Self::Diffusiondb { common, .. }
+            | Self::RecapDatacomp { common, .. }
+            | Self::Webdataset { common, .. }
+            | Self::Parquet { common, .. } => common,
+        }
+    }
+}
+
+fn open(command: &IngestCommand) -> anyhow::Result<Box<dyn Source>> {
     let there = |path: &PathBuf| match path.exists() {
         true => Ok(()),
         false => Err(bad_input(format!(
@@ -177,42 +189,34 @@ fn open(command: &IngestCommand) -> anyhow::Result<(Box<dyn Source>, &CommonArgs
         IngestCommand::Folder {
             dir,
             caption_extension,
-            common,
+            ..
         } => {
             there(dir)?;
-            (
-                Box::new(Folder::open(dir, None, caption_extension)?),
-                common,
-            )
+            Box::new(Folder::open(dir, None, caption_extension)?)
         }
         IngestCommand::Sa1b {
-            images,
-            captions,
-            common,
+            images, captions, ..
         } => {
             there(images)?;
             captions.iter().try_for_each(there)?;
             // Tars if there are any, else pictures.
             let captions = captions.as_deref();
             match Tars::open(images, captions, "caption") {
-                Ok(tars) => (Box::new(tars), common),
-                Err(_) => (Box::new(Folder::open(images, captions, "txt")?), common),
+                Ok(tars) => Box::new(tars),
+                Err(_) => Box::new(Folder::open(images, captions, "txt")?),
             }
         }
         IngestCommand::Journeydb {
             annotations,
             images,
             caption_field,
-            common,
+            ..
         } => {
             there(annotations)?;
-            let source = JourneyDb::open(annotations, images, caption_field)?;
-            (Box::new(source), common)
+            Box::new(JourneyDb::open(annotations, images, caption_field)?)
         }
         IngestCommand::Diffusiondb {
-            parquet,
-            images,
-            common,
+            parquet, images, ..
         } => {
             there(parquet)?;
             let pictures = match images {
@@ -222,40 +226,34 @@ fn open(command: &IngestCommand) -> anyhow::Result<(Box<dyn Source>, &CommonArgs
                     ParquetPictures::DiffusionDb(images.clone())
                 }
             };
-            (
-                Box::new(ParquetRows::open(parquet, "prompt", pictures)?),
-                common,
-            )
+            Box::new(ParquetRows::open(parquet, "prompt", pictures)?)
         }
         IngestCommand::RecapDatacomp {
             parquet,
             caption_column,
-            common,
+            ..
         } => {
             there(parquet)?;
-            let source = ParquetRows::open(parquet, caption_column, ParquetPictures::None)?;
-            (Box::new(source), common)
+            let pictures = ParquetPictures::None;
+            Box::new(ParquetRows::open(parquet, caption_column, pictures)?)
         }
         IngestCommand::Webdataset {
             tars,
             caption_field,
-            common,
+            ..
         } => {
             there(tars)?;
-            (Box::new(Tars::open(tars, None, caption_field)?), common)
+            Box::new(Tars::open(tars, None, caption_field)?)
         }
         IngestCommand::Parquet {
             parquet,
             image_column,
             caption_column,
-            common,
+            ..
         } => {
             there(parquet)?;
             let pictures = ParquetPictures::Column(image_column.clone());
-            (
-                Box::new(ParquetRows::open(parquet, caption_column, pictures)?),
-                common,
-            )
+            Box::new(ParquetRows::open(parquet, caption_column, pictures)?)
         }
     })
 }

@@ -8,7 +8,7 @@ use nitro_data::image::{
     DINO_BASE, IMAGENET_MEAN, IMAGENET_STD, dino_picture, to_planes, vae_picture,
 };
 use nitro_data::ingest::{CAPTION, JPG};
-use nitro_data::job::{Job, Tally};
+use nitro_data::job::{Job, Share, Tally};
 use nitro_data::mds::{Dataset, DatasetOptions, OnDamage, Schema, Value, Verify};
 use nitro_models::Params;
 use nitro_models::dinov2::{Dinov2, Dinov2Config};
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Done, OutputArgs, go_on};
-use crate::cli::failure::{bad_input, say};
+use crate::cli::failure::bad_input;
 use crate::cli::model_args::{LocationArgs, PrecisionName, use_threads};
 use crate::cli::progress::Progress;
 
@@ -99,6 +99,7 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
         ));
     }
     use_threads(args.threads)?;
+    let share = args.output.share()?;
     let options = DatasetOptions {
         verify: if args.verify {
             Verify::Hashes
@@ -123,7 +124,6 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
     progress.stage("loading the encoders");
     let features = Features::load(args)?;
 
-    let share = args.output.share();
     let range = share.range(dataset.len());
     let start = Place {
         next: range.start,
@@ -136,7 +136,7 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
             .map(|(name, encoding)| (name.as_str(), *encoding)),
     )?;
     let folder = share.folder(&args.output.out)?;
-    let about = args.describe(&dataset);
+    let about = args.describe(&dataset, share);
     features.write_null_text(args)?;
     let mut job = Job::open(&folder, schema, args.output.writer(), about, start)?;
     let mut place = job.progress().clone();
@@ -171,29 +171,12 @@ pub(super) fn run(args: &PrecomputeArgs) -> anyhow::Result<()> {
     }
     progress.clear();
     let index = job.finish(place.clone())?;
+    let complete = share.merge(&args.output.out)?;
     Done {
-        what: "images",
-        tally: &place.tally,
-        shards: index.shards.len(),
-        before: &before,
-        begun,
-        share,
-        complete: share.merge(&args.output.out)?,
+        damage: dataset.damage(),
+        ..Done::of(&index, place.tally, &before, begun, complete)
     }
-    .report(args.json);
-    let damage = if args.json {
-        Vec::new()
-    } else {
-        dataset.damage()
-    };
-    for damage in damage {
-        say(format!(
-            "damaged: {}: {}",
-            damage.shard.display(),
-            damage.reason
-        ));
-    }
-    Ok(())
+    .report("images", share, args.json)
 }
 
 impl PrecomputeArgs {
@@ -220,7 +203,7 @@ impl PrecomputeArgs {
         columns
     }
 
-    fn describe(&self, dataset: &Dataset) -> serde_json::Value {
+    fn describe(&self, dataset: &Dataset, share: Share) -> serde_json::Value {
         json!({
             "precompute": self.dirs,
             "samples": dataset.len(),
@@ -231,8 +214,8 @@ impl PrecomputeArgs {
             "raw_captions": self.raw_captions,
             "skip_damaged": self.skip_damaged,
             "precision": format!("{:?}", self.precision.precision()),
-            "rank": self.output.rank,
-            "ranks": self.output.ranks,
+            "rank": share.rank,
+            "ranks": share.ranks,
         })
     }
 

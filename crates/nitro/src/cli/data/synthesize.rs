@@ -65,6 +65,7 @@ struct Place {
 
 /// Runs the command.
 pub(super) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
+    let share = args.output.share()?;
     let mut prompts = prompts(&args.prompts, &args.column)?;
     prompts.truncate(args.limit.unwrap_or(usize::MAX));
     if prompts.is_empty() {
@@ -84,10 +85,9 @@ pub(super) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
         "guidance": args.guidance_scale.unwrap_or(pipeline.variant().guidance),
         "size": args.size.unwrap_or(pipeline.variant().resolution),
         "seed": args.seed,
-        "rank": args.output.rank,
-        "ranks": args.output.ranks,
+        "rank": share.rank,
+        "ranks": share.ranks,
     });
-    let share = args.output.share();
     let schema = Schema::new([(CAPTION, "str"), (JPG, "jpeg")])?;
     let folder = share.folder(&args.output.out)?;
     let range = share.range(prompts.len());
@@ -125,17 +125,8 @@ pub(super) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
     }
     progress.clear();
     let index = job.finish(place.clone())?;
-    Done {
-        what: "pictures",
-        tally: &place.tally,
-        shards: index.shards.len(),
-        before: &before,
-        begun,
-        share,
-        complete: share.merge(&args.output.out)?,
-    }
-    .report(args.json);
-    Ok(())
+    let complete = share.merge(&args.output.out)?;
+    Done::of(&index, place.tally, &before, begun, complete).report("pictures", share, args.json)
 }
 
 impl SynthesizeArgs {

@@ -8,7 +8,7 @@ use clap::Args;
 use nitro::Seeds;
 use nitro_eval::geneval::official::{SAMPLES, SEED, prompts};
 use nitro_eval::geneval::{
-    Judge, Options, PromptFolder, prompt_folders, read_metadata, write_prompt_folder,
+    ImageResult, Judge, Options, PromptFolder, prompt_folders, read_metadata, write_prompt_folder,
 };
 use nitro_eval::scorers::official;
 use nitro_eval::{Metadata, Results, ScorerManifest, Summary};
@@ -16,6 +16,7 @@ use nitro_eval::{Metadata, Results, ScorerManifest, Summary};
 use super::super::failure::{bad_input, say};
 use super::super::interrupt;
 use super::super::progress::Progress;
+use super::super::ranks;
 use super::pictures::{PictureArgs, Wanted};
 use super::scorer_args::{ScorerArgs, open, stop_if_asked};
 
@@ -66,7 +67,9 @@ pub(super) fn run(args: &GenEvalArgs) -> anyhow::Result<()> {
     let progress = args.pictures.begin()?;
     let result = args.score(&progress);
     progress.clear();
-    let [official, corrected] = result?;
+    let Some([official, corrected]) = result? else {
+        return Ok(());
+    };
     if args.json {
         let mut json = serde_json::to_value(&official)?;
         json["overall"] = official.overall().into();
@@ -87,7 +90,8 @@ pub(super) fn run(args: &GenEvalArgs) -> anyhow::Result<()> {
 }
 
 impl GenEvalArgs {
-    fn score(&self, progress: &Progress) -> anyhow::Result<[Summary; 2]> {
+    /// The summaries; of several processes, the first has them.
+    fn score(&self, progress: &Progress) -> anyhow::Result<Option<[Summary; 2]>> {
         let prompts = self.read_prompts()?;
         // Scorers first: a missing file is better known before hours of work than after.
         let mut judge = self.judge(progress)?;
@@ -114,19 +118,35 @@ impl GenEvalArgs {
         };
         let mut folders = prompt_folders(&images)?;
         folders.retain(|folder| asked(&folder.metadata.to_json()));
-        progress.count("judging", folders.len() as u64);
-        interrupt::watched(|| {
-            for (done, folder) in folders.iter().enumerate() {
-                stop_if_asked(done, folders.len())?;
-                judge_folder(&mut judge, folder, &settings, &mut results)?;
-                progress.set(done as u64 + 1);
+        let open: Vec<Open<'_>> = folders.iter().map(|f| Open::of(f, &results)).collect();
+        progress.count("judging", open.len() as u64);
+        let mut rounds = 0;
+        let work = |some: &[Open<'_>]| {
+            stop_if_asked(open.len().min(rounds * ranks::comm().size()), open.len())?;
+            rounds += 1;
+            some.iter()
+                .map(|open| open.judge(&mut judge, &settings))
+                .collect()
+        };
+        let keep = |new: Vec<[Vec<ImageResult>; 2]>, done: usize| {
+            progress.set(done as u64);
+            for new in new {
+                for (results, records) in results.iter_mut().zip(new) {
+                    if ranks::is_first() && !records.is_empty() {
+                        results.add(records)?;
+                    }
+                }
             }
-            anyhow::Ok(())
-        })?;
-        Ok(results.map(|results| {
+            Ok(())
+        };
+        interrupt::watched(|| ranks::rounds(&open, 1, work, keep))?;
+        if !ranks::is_first() {
+            return Ok(None);
+        }
+        Ok(Some(results.map(|results| {
             let records = results.records().iter().filter(|r| asked(&r.metadata));
             Summary::of(&records.cloned().collect::<Vec<_>>())
-        }))
+        })))
     }
 
     fn read_prompts(&self) -> anyhow::Result<Vec<Metadata>> {
@@ -207,30 +227,41 @@ pub(super) fn wanted<'a>(out: &'a Path, index: usize, metadata: &'a Metadata) ->
     }
 }
 
-/// Judges the pictures of a prompt that have no record yet.
-fn judge_folder(
-    judge: &mut Judge,
-    folder: &PromptFolder,
-    settings: &[Options; 2],
-    results: &mut [Results; 2],
-) -> anyhow::Result<()> {
-    let mut records = [Vec::new(), Vec::new()];
-    for sample in &folder.samples {
-        let filename = sample.display().to_string();
-        if results.iter().all(|results| results.contains(&filename)) {
-            continue;
-        }
-        let judged = judge.judge(&filename, &open(sample)?, &folder.metadata, settings)?;
-        for (records, record) in records.iter_mut().zip(judged) {
-            records.push(record);
-        }
-    }
-    for (results, records) in results.iter_mut().zip(records) {
-        if !records.is_empty() {
-            results.add(records)?;
+/// The pictures of a prompt that have no record yet.
+struct Open<'a> {
+    metadata: &'a Metadata,
+    pictures: Vec<&'a Path>,
+}
+
+impl<'a> Open<'a> {
+    fn of(folder: &'a PromptFolder, results: &[Results; 2]) -> Self {
+        let judged = |sample: &&PathBuf| {
+            let filename = sample.display().to_string();
+            results.iter().all(|results| results.contains(&filename))
+        };
+        let open = folder.samples.iter().filter(|sample| !judged(sample));
+        Self {
+            metadata: &folder.metadata,
+            pictures: open.map(PathBuf::as_path).collect(),
         }
     }
-    Ok(())
+
+    /// Their records under each of the settings.
+    fn judge(
+        &self,
+        judge: &mut Judge,
+        settings: &[Options; 2],
+    ) -> anyhow::Result<[Vec<ImageResult>; 2]> {
+        let mut records = [Vec::new(), Vec::new()];
+        for picture in &self.pictures {
+            let filename = picture.display().to_string();
+            let judged = judge.judge(&filename, &open(picture)?, self.metadata, settings)?;
+            for (records, record) in records.iter_mut().zip(judged) {
+                records.push(record);
+            }
+        }
+        Ok(records)
+    }
 }
 
 /// Every official prompt must be there with its four pictures.

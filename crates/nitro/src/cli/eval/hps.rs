@@ -15,6 +15,7 @@ use nitro_eval::{JsonLines, ScorerManifest};
 use super::super::failure::{bad_input, say};
 use super::super::interrupt;
 use super::super::progress::Progress;
+use super::super::ranks;
 use super::pictures::{PictureArgs, Wanted};
 use super::scorer_args::{PairArgs, ScorerArgs, open, stop_if_asked};
 
@@ -94,6 +95,9 @@ impl HpsArgs {
         let path = self.out.join("hps.jsonl");
         let mut records = JsonLines::open(&path, "a record {\"style\", \"index\", ...}")?;
         self.score_pictures(&hps, &styles, &mut records, progress)?;
+        if !ranks::is_first() {
+            return Ok(None);
+        }
         Ok(Some(Summary::of(records.records(), &styles)))
     }
 
@@ -170,38 +174,40 @@ impl HpsArgs {
         }
         let total = todo.len();
         progress.count("scoring", total as u64);
-        interrupt::watched(|| {
-            for (i, some) in todo.chunks(TOGETHER).enumerate() {
-                stop_if_asked(i * TOGETHER, total)?;
-                let mut loaded: Vec<RgbImage> = Vec::new();
-                for (style, index, _) in some {
-                    let file = picture(images, &style.name, *index).ok_or_else(|| {
-                        bad_input(format!(
-                            "{}: picture {index:05} of {} is missing (.jpg or .png)",
-                            images.display(),
-                            style.name
-                        ))
-                    })?;
-                    loaded.push(open(&file)?);
-                }
-                let prompts = some.iter().map(|(_, _, prompt)| prompt.as_str());
-                let pairs: Vec<(&RgbImage, &str)> = loaded.iter().zip(prompts).collect();
-                let scores = hps.score(&pairs)?;
-                let new = some
-                    .iter()
-                    .zip(scores)
-                    .map(|((style, index, prompt), score)| Record {
-                        style: style.name.clone(),
-                        index: *index,
-                        prompt: (*prompt).clone(),
-                        score,
-                    });
-                records.add(new.collect(), |a, b| {
-                    a.style == b.style && a.index == b.index
+        let mut done = 0;
+        let work = |some: &[(&Style, usize, &String)]| {
+            stop_if_asked(done, total)?;
+            done = total.min(done + ranks::comm().size() * TOGETHER);
+            let mut loaded: Vec<RgbImage> = Vec::new();
+            for (style, index, _) in some {
+                let file = picture(images, &style.name, *index).ok_or_else(|| {
+                    bad_input(format!(
+                        "{}: picture {index:05} of {} is missing (.jpg or .png)",
+                        images.display(),
+                        style.name
+                    ))
                 })?;
-                progress.set(((i + 1) * TOGETHER).min(total) as u64);
+                loaded.push(open(&file)?);
             }
-            Ok(())
-        })
+            let prompts = some.iter().map(|(_, _, prompt)| prompt.as_str());
+            let pairs: Vec<(&RgbImage, &str)> = loaded.iter().zip(prompts).collect();
+            let scores = hps.score(&pairs)?;
+            let record =
+                |((style, index, prompt), score): (&(&Style, usize, &String), f32)| Record {
+                    style: style.name.clone(),
+                    index: *index,
+                    prompt: (*prompt).clone(),
+                    score,
+                };
+            Ok(some.iter().zip(scores).map(record).collect())
+        };
+        let keep = |new: Vec<Record>, done: usize| {
+            progress.set(done as u64);
+            match ranks::is_first() {
+                true => Ok(records.add(new, |a, b| a.style == b.style && a.index == b.index)?),
+                false => Ok(()),
+            }
+        };
+        interrupt::watched(|| ranks::rounds(&todo, TOGETHER, work, keep))
     }
 }

@@ -14,6 +14,7 @@ use serde_json::json;
 use super::super::failure::{bad_input, say};
 use super::super::interrupt;
 use super::super::progress::Progress;
+use super::super::ranks;
 use super::pictures::{PictureArgs, Wanted};
 use super::scorer_args::{PairArgs, ScorerArgs, open, stop_if_asked};
 
@@ -95,6 +96,9 @@ impl ImageRewardArgs {
         let path = self.out.join("image-reward.jsonl");
         let mut lines = JsonLines::open(&path, "a record {\"id\", \"prompt\", ...}")?;
         self.score_pictures(&scorer, &prompts, &mut lines, progress)?;
+        if !ranks::is_first() {
+            return Ok(None);
+        }
         let asked = |r: &&Record| prompts.iter().any(|p| p.id == r.id);
         let records: Vec<&Record> = lines.records().iter().filter(asked).collect();
         let official = self.out.join("ImageReward-v1.0-benchmark-result.json");
@@ -168,21 +172,28 @@ impl ImageRewardArgs {
         };
         let todo: Vec<&Prompt> = prompts.iter().filter(|p| !known(p, lines)).collect();
         progress.count("scoring", todo.len() as u64);
-        interrupt::watched(|| {
-            for (done, prompt) in todo.iter().enumerate() {
-                stop_if_asked(done, todo.len())?;
-                let files = (0..self.count()).map(|k| picture(images, &prompt.id, k));
-                let loaded: Vec<RgbImage> =
-                    files.map(|file| open(&file)).collect::<Result<_, _>>()?;
-                let pairs: Vec<(&RgbImage, &str)> = loaded
-                    .iter()
-                    .map(|image| (image, prompt.prompt.as_str()))
-                    .collect();
-                let record = Record::new(prompt, scorer.score(&pairs)?);
-                lines.add(vec![record], |a, b| a.id == b.id)?;
-                progress.set(done as u64 + 1);
+        let mut rounds = 0;
+        let judge = |prompt: &&Prompt| {
+            let files = (0..self.count()).map(|k| picture(images, &prompt.id, k));
+            let loaded: Vec<RgbImage> = files.map(|file| open(&file)).collect::<Result<_, _>>()?;
+            let pairs: Vec<(&RgbImage, &str)> = loaded
+                .iter()
+                .map(|image| (image, prompt.prompt.as_str()))
+                .collect();
+            Ok(Record::new(prompt, scorer.score(&pairs)?))
+        };
+        let work = |some: &[&Prompt]| {
+            stop_if_asked(todo.len().min(rounds * ranks::comm().size()), todo.len())?;
+            rounds += 1;
+            some.iter().map(judge).collect()
+        };
+        let keep = |new: Vec<Record>, done: usize| {
+            progress.set(done as u64);
+            match ranks::is_first() {
+                true => Ok(lines.add(new, |a, b| a.id == b.id)?),
+                false => Ok(()),
             }
-            Ok(())
-        })
+        };
+        interrupt::watched(|| ranks::rounds(&todo, 1, work, keep))
     }
 }

@@ -10,6 +10,8 @@ mod shapes;
 
 use clap::{Args, Subcommand};
 
+use super::ranks;
+
 pub(super) use shapes::Bench;
 
 /// Score a model on a benchmark.
@@ -35,6 +37,7 @@ enum Benchmark {
 
 /// Runs the command.
 pub(super) fn run(command: &EvalCommand) -> anyhow::Result<()> {
+    ranks::join()?;
     match &command.benchmark {
         Benchmark::Shapes(args) => shapes::run(args),
         Benchmark::Geneval(args) => geneval::run(args),

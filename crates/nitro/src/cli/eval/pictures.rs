@@ -8,6 +8,7 @@ use nitro_eval::Manifest;
 use super::super::interrupt;
 use super::super::model_args::{ModelArgs, use_threads};
 use super::super::progress::Progress;
+use super::super::ranks;
 
 /// Which model makes the pictures, and how.
 #[derive(Args)]
@@ -87,6 +88,7 @@ impl Settings {
     }
 
     /// Makes `each` pictures of every prompt of `open`; `total` counts those that are done as well.
+    /// Several processes share the prompts, and wait for each other at the end.
     pub(super) fn make(
         &self,
         pipeline: &Pipeline,
@@ -101,10 +103,15 @@ impl Settings {
             Seeds::PerImage(_) => (self.batch / each).max(1),
             _ => 1,
         };
+        let comm = ranks::comm();
+        // Nobody adds pictures while another still looks which are there.
+        comm.wait()?;
+        let mine = &open[nitro_comm::part(&*comm, open.len())];
+        let total = total - open.len() + mine.len();
         progress.count("prompts", total as u64);
-        let mut done = total - open.len();
+        let mut done = total - mine.len();
         progress.set(done as u64);
-        for group in open.chunks(together) {
+        for group in mine.chunks(together) {
             let request = Request {
                 images_per_prompt: each,
                 steps: self.steps,
@@ -124,6 +131,6 @@ impl Settings {
                 progress.set(done as u64);
             }
         }
-        Ok(())
+        Ok(comm.wait()?)
     }
 }

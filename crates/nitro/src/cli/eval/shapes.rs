@@ -11,6 +11,7 @@ use nitro_eval::{Metadata, Results, Summary};
 use super::super::failure::{bad_input, say};
 use super::super::interrupt;
 use super::super::progress::Progress;
+use super::super::ranks;
 use super::geneval::wanted;
 use super::pictures::{PictureArgs, Settings, Wanted};
 
@@ -44,7 +45,9 @@ pub(super) fn run(args: &ShapesArgs) -> anyhow::Result<()> {
     let progress = args.pictures.begin()?;
     let result = args.score(&prompts, &progress);
     progress.clear();
-    let summary = result?;
+    let Some(summary) = result? else {
+        return Ok(());
+    };
     if args.json {
         let mut json = serde_json::to_value(&summary)?;
         json["overall"] = summary.overall().into();
@@ -74,7 +77,8 @@ impl ShapesArgs {
         }
     }
 
-    fn score(&self, prompts: &[Metadata], progress: &Progress) -> anyhow::Result<Summary> {
+    /// The summary; of several processes, the first has it.
+    fn score(&self, prompts: &[Metadata], progress: &Progress) -> anyhow::Result<Option<Summary>> {
         let pipeline = self.pictures.load(progress)?;
         let Settings {
             steps,
@@ -87,7 +91,11 @@ impl ShapesArgs {
             guidance,
             batch,
         };
-        bench.score(&pipeline, prompts, progress)
+        bench.make(&pipeline, prompts, progress)?;
+        match ranks::is_first() {
+            true => bench.judge(prompts, progress).map(Some),
+            false => Ok(None),
+        }
     }
 }
 
@@ -104,13 +112,13 @@ pub(in super::super) struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Makes the pictures that are missing, and scores all.
-    pub(in super::super) fn score(
+    /// Makes the pictures that are missing.
+    pub(in super::super) fn make(
         &self,
         pipeline: &Pipeline,
         prompts: &[Metadata],
         progress: &Progress,
-    ) -> anyhow::Result<Summary> {
+    ) -> anyhow::Result<()> {
         let settings = Settings {
             steps: self.steps,
             guidance: self.guidance,
@@ -126,7 +134,15 @@ impl Bench<'_> {
             .map(|(i, p)| wanted(self.out, i, p))
             .collect();
         let (total, each, seeds) = (prompts.len(), IMAGES_PER_PROMPT, Seeds::PerImage(0));
-        settings.make(pipeline, &open, total, each, &seeds, progress)?;
+        settings.make(pipeline, &open, total, each, &seeds, progress)
+    }
+
+    /// Scores the pictures.
+    pub(in super::super) fn judge(
+        &self,
+        prompts: &[Metadata],
+        progress: &Progress,
+    ) -> anyhow::Result<Summary> {
         progress.stage("judging");
         let mut results = Results::open(&self.out.join("results.jsonl"))?;
         score_folder(self.out, &options(), &mut results)?;

@@ -5,6 +5,8 @@ mod table2;
 
 use clap::Subcommand;
 
+use super::ranks;
+
 /// What to measure again.
 #[derive(Subcommand)]
 pub(super) enum ReproduceCommand {
@@ -19,6 +21,7 @@ pub(super) enum ReproduceCommand {
 
 /// Runs the command.
 pub(super) fn run(command: &ReproduceCommand) -> anyhow::Result<()> {
+    ranks::alone("nitro reproduce")?;
     match command {
         ReproduceCommand::Ablations(args) => ablations::run(args),
         ReproduceCommand::Table2(args) => table2::run(args),

@@ -127,7 +127,8 @@ pub(super) fn run(args: &Table2Args) -> anyhow::Result<()> {
                 guidance: None,
                 batch: BATCH,
             };
-            bench.score(&pipeline, &prompts, &progress)
+            bench.make(&pipeline, &prompts, &progress)?;
+            bench.judge(&prompts, &progress)
         };
         let bench = score("bench", shapes_bench())?;
         let held_out = score("held-out", held_out_bench())?;
