@@ -38,6 +38,13 @@ impl MappedFile {
         };
     }
 
+    /// Asks the system to read the file in the background: it will all be needed soon.
+    pub fn will_need(&self) {
+        #[cfg(unix)]
+        // A hint: without it pages are read when they are touched.
+        let _ = self.map.advise(memmap2::Advice::WillNeed);
+    }
+
     /// The contents.
     pub fn as_bytes(&self) -> &[u8] {
         &self.map
@@ -60,6 +67,7 @@ mod tests {
         std::fs::rename(&other, &path).unwrap();
         assert_eq!(map.as_bytes(), b"first");
         map.release();
+        map.will_need();
         assert_eq!(map.as_bytes(), b"first");
         assert_eq!(
             MappedFile::open(&path).unwrap().as_bytes(),
