@@ -8,11 +8,15 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use crate::mapped_file::MappedFile;
+use crate::pool::{SharedPtr, par_for};
 
 /// Size of a mapping that small pieces share. What is never written takes no memory.
 const CHUNK: usize = 64 << 20;
 /// Pieces start on cache lines.
 const ALIGN: usize = 64;
+
+/// What one thread copies at a time.
+const COPIED: usize = 2 << 20;
 
 /// For tests under a sanitizer (`scripts/sanitize.sh`): every piece and every scratch buffer is an
 /// allocation of its own and as large as was asked for, so that accesses beyond it are noticed.
@@ -165,6 +169,19 @@ impl PackedBytes {
             len: bytes.len(),
             _owner: file.clone(),
         })
+    }
+
+    /// The same bytes in memory of their own, on huge pages.
+    pub fn copied(&self) -> Self {
+        let mut piece = Piece::new(self.len);
+        let to = SharedPtr(piece.as_mut_ptr());
+        par_for(self.len.div_ceil(COPIED), |part| {
+            let part = &self.as_bytes()[part * COPIED..][..COPIED.min(self.len - part * COPIED)];
+            let at = part.as_ptr() as usize - self.start as usize;
+            // SAFETY: the piece is as long as these bytes, new, and each part is written by one task.
+            unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), to.get().add(at), part.len()) };
+        });
+        piece.freeze()
     }
 
     /// The bytes.

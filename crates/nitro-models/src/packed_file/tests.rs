@@ -89,6 +89,12 @@ fn a_second_start_computes_the_same_bits_and_reads_no_packed_matrix() {
         assert!(second.was_enough());
         assert!(few < read / 2, "{few} of {read} matrices were read again");
         assert_eq!(second.bytes(), first.bytes());
+        let copying = PackedFile {
+            copies: true,
+            ..PackedFile::open(&path, "key")
+        };
+        assert!(outputs(Some(&copying), precision).0 == expected);
+
         // There is nothing to write.
         fs::remove_file(&path).unwrap();
         second.save().unwrap();
