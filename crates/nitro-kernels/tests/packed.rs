@@ -208,7 +208,7 @@ fn packed_bytes_of_other_places_and_lengths_are_refused() {
     assert!(PackedLinear::from_packed(shape, None, precision, short).is_err());
     let whole = PackedBytes::of_file(&file, 0..kept.len()).unwrap();
     assert!(whole.copied().as_bytes() == kept);
-    let large: Vec<u8> = (0..5_u32 << 20).map(|i| (i * 7 >> 9) as u8).collect();
+    let large: Vec<u8> = (0..5_u32 << 20).map(|i| ((i * 7) >> 9) as u8).collect();
     let file = mapped(&large, "large");
     let bytes = PackedBytes::of_file(&file, 0..large.len()).unwrap();
     assert!(bytes.copied().as_bytes() == large);
