@@ -24,6 +24,27 @@ pub fn write_whole<E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&mut Writer) -> Result<(), E>,
 ) -> Result<(), E> {
+    write_beside(path, true, write)
+}
+
+/// As [`write_whole`], without waiting for the disk: for large files that can be made again. If the
+/// machine loses power soon after, the file may have its name and length but not all of its contents,
+/// which its readers must notice.
+///
+/// # Errors
+/// As [`write_whole`].
+pub fn write_whole_unsynced<E: From<io::Error>>(
+    path: &Path,
+    write: impl FnOnce(&mut Writer) -> Result<(), E>,
+) -> Result<(), E> {
+    write_beside(path, false, write)
+}
+
+fn write_beside<E: From<io::Error>>(
+    path: &Path,
+    sync: bool,
+    write: impl FnOnce(&mut Writer) -> Result<(), E>,
+) -> Result<(), E> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let Some(name) = path.file_name() else {
         return Err(io::Error::from(ErrorKind::InvalidInput).into());
@@ -41,8 +62,10 @@ pub fn write_whole<E: From<io::Error>>(
         let file = writer
             .into_inner()
             .map_err(io::IntoInnerError::into_error)?;
-        // A rename may reach the disk before the data it names.
-        file.sync_all()?;
+        if sync {
+            // A rename may reach the disk before the data it names.
+            file.sync_all()?;
+        }
         Ok(fs::rename(&beside, path)?)
     })();
     if written.is_err() {
@@ -76,6 +99,8 @@ mod tests {
         write_bytes(&path, b"old").unwrap();
         write_bytes(&path, b"newer").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"newer");
+        write_whole_unsynced(&path, |writer| writer.write_all(b"newest")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"newest");
         assert_eq!(names(folder.path()), ["weights.bin"]);
     }
 

@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::packed::memory::Buffer;
+use crate::packed::memory::{Buffer, EXACT};
 
 /// The number of threads kernels called from here will use.
 pub fn num_threads() -> usize {
@@ -141,6 +141,12 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// A buffer of at least `bytes` bytes, aligned to 64.
     pub(crate) fn take(bytes: usize) -> Scratch {
+        if EXACT {
+            let mut buffer = Buffer::new(bytes);
+            // Arbitrary contents: who reads what nobody wrote gets NaN.
+            buffer.spoil();
+            return Scratch { buffer };
+        }
         let mut buffer = SCRATCH.with(|stack| {
             let mut stack = stack.borrow_mut();
             // The smallest that fits, so that a large panel buffer is not spent on a small block.
@@ -168,6 +174,9 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
+        if EXACT {
+            return;
+        }
         // The thread may be shutting down; then the memory is simply freed.
         let _ = SCRATCH.try_with(|stack| stack.borrow_mut().push(buffer));
     }

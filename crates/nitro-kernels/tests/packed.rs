@@ -1,8 +1,11 @@
 //! Packed linear layers agree with f64 on every instruction set, for odd sizes and file formats.
 
+use std::sync::Arc;
+
 use nitro_kernels::gemm::Activation;
 use nitro_kernels::isa::{Isa, Precision};
-use nitro_kernels::packed::{ElementType, PackedLinear, Rows, packed_linear};
+use nitro_kernels::mapped_file::MappedFile;
+use nitro_kernels::packed::{ElementType, PackedBytes, PackedLinear, Rows, packed_linear};
 
 fn values(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -143,6 +146,75 @@ fn stacked_layers_are_read_from_any_file_format() {
             );
         }
     }
+}
+
+/// `bytes` in a file, mapped; the file is gone when this returns.
+fn mapped(bytes: &[u8], name: &str) -> Arc<MappedFile> {
+    let path = std::env::temp_dir().join(format!("nitro-{}-{name}", std::process::id()));
+    std::fs::write(&path, bytes).unwrap();
+    let file = MappedFile::open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    Arc::new(file)
+}
+
+#[test]
+fn weights_packed_before_are_used_where_a_file_has_them() {
+    for isa in Isa::supported() {
+        for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+            for (m, n, k) in [(3, 17, 5), (9, 49, 33), (5, 33, 2500), (2, 48, 5000)] {
+                let (x, w, bias) = (values(m * k, 1), values(n * k, 2), values(n, 3));
+                let rows = Rows::from_f32(&w, n, k).unwrap();
+                let bias = Some(bias);
+                let packed = PackedLinear::with_isa(isa, &[rows], bias.clone(), precision).unwrap();
+                let run = |layer: &PackedLinear| {
+                    let mut out = vec![f32::NAN; m * n];
+                    packed_linear(layer, &x, Activation::None, &mut out).unwrap();
+                    out
+                };
+                let kept = packed.packed().as_bytes();
+                assert_eq!(kept.len(), packed.bytes());
+                // After a cache line of something else.
+                let name = format!("{isa:?}-{precision:?}-{k}");
+                let file = mapped(&[&[7; 64], kept].concat(), &name);
+                let bytes = PackedBytes::of_file(&file, 64..64 + kept.len()).unwrap();
+                drop(file);
+                let again = PackedLinear::from_packed_with_isa(isa, [n, k], bias, precision, bytes)
+                    .unwrap();
+                assert!(again.to_f32() == packed.to_f32());
+                assert_eq!(run(&again), run(&packed));
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_bytes_of_other_places_and_lengths_are_refused() {
+    let w = values(48 * 64, 1);
+    let rows = Rows::from_f32(&w, 48, 64).unwrap();
+    let (shape, precision) = ([48, 64], Precision::F32);
+    let packed = PackedLinear::new(&[rows], None, precision).unwrap();
+    let form = PackedLinear::form(shape, precision);
+    assert_eq!(form.len, packed.bytes());
+    assert_ne!(form, PackedLinear::form([64, 48], precision));
+    assert_ne!(form, PackedLinear::form(shape, Precision::Int8));
+
+    let kept = packed.packed().as_bytes();
+    let file = mapped(kept, "places");
+    for range in [1..kept.len() + 1, 32..kept.len(), 0..kept.len() - 4] {
+        assert!(PackedBytes::of_file(&file, range).is_none());
+    }
+    assert!(PackedBytes::of_file(&file, 0..kept.len() + 64).is_none());
+    let short = PackedBytes::of_file(&file, 0..kept.len() - 64).unwrap();
+    assert!(PackedLinear::from_packed(shape, None, precision, short).is_err());
+    let whole = PackedBytes::of_file(&file, 0..kept.len()).unwrap();
+    assert!(whole.copied().as_bytes() == kept);
+    let large: Vec<u8> = (0..5_u32 << 20).map(|i| ((i * 7) >> 9) as u8).collect();
+    let file = mapped(&large, "large");
+    let bytes = PackedBytes::of_file(&file, 0..large.len()).unwrap();
+    assert!(bytes.copied().as_bytes() == large);
+    let bias = Some(vec![0.0; 47]);
+    assert!(PackedLinear::from_packed(shape, bias, precision, whole.clone()).is_err());
+    assert!(PackedLinear::from_packed(shape, None, precision, whole).is_ok());
 }
 
 #[test]

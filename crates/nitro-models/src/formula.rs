@@ -77,6 +77,10 @@ impl ParameterSource for FormulaWeights {
         false
     }
 
+    fn verify(&self, _: &ParameterSpec) -> Result<(), WeightError> {
+        Ok(())
+    }
+
     fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
         let &[rows, columns] = spec.shape.as_slice() else {
             return Ok(None);

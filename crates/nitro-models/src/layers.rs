@@ -233,10 +233,31 @@ pub(crate) fn pack_linear(
 ) -> Result<PackedLinear, WeightError> {
     let inputs: usize = shape.iter().product();
     let init = fan_in_init(inputs);
-    let first = parts[0].0;
+    let (first, precision) = (parts[0].0, parts[0].0.precision());
+    let outputs: usize = parts.iter().map(|(_, outputs)| outputs).sum();
+    let full = |outputs: usize| [&[outputs], shape].concat();
+    let biases = || -> Result<Option<Vec<f32>>, WeightError> {
+        let mut biases = Vec::new();
+        for (p, outputs) in parts.iter().filter(|_| bias) {
+            biases.extend(p.values("bias", &[*outputs], init)?);
+        }
+        Ok(bias.then_some(biases))
+    };
+    let misshapen = |error| first.misshapen("weight", &error);
+
+    let names: Vec<String> = parts.iter().map(|(p, _)| p.name("weight")).collect();
+    let name = names.join("+");
+    let form = PackedLinear::form([outputs, inputs], precision);
+    if let Some(bytes) = first.kept(&name, &form) {
+        for (p, outputs) in parts {
+            p.verify("weight", &full(*outputs), init)?;
+        }
+        return PackedLinear::from_packed([outputs, inputs], biases()?, precision, bytes)
+            .map_err(misshapen);
+    }
     let elements = parts
         .iter()
-        .map(|(p, outputs)| p.elements("weight", &[&[*outputs], shape].concat(), init));
+        .map(|(p, outputs)| p.elements("weight", &full(*outputs), init));
     let elements = elements.collect::<Result<Vec<_>, _>>()?;
     let rows = elements
         .iter()
@@ -245,13 +266,13 @@ pub(crate) fn pack_linear(
             Elements::Stored(bytes, element) => Rows::new(bytes, *element, *outputs, inputs),
             Elements::Values(values) => Rows::from_f32(values, *outputs, inputs),
         });
-    let mut biases = Vec::new();
-    for (p, outputs) in parts.iter().filter(|_| bias) {
-        biases.extend(p.values("bias", &[*outputs], init)?);
-    }
-    rows.collect::<Result<Vec<_>, _>>()
-        .and_then(|rows| PackedLinear::new(&rows, bias.then_some(biases), first.precision()))
-        .map_err(|error| first.misshapen("weight", &error))
+    let biases = biases()?;
+    let packed = rows
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(|rows| PackedLinear::new(&rows, biases, precision))
+        .map_err(misshapen)?;
+    first.keep(&name, &form, packed.packed());
+    Ok(packed)
 }
 
 /// `N` linear layers over the same input: apart for training, one product for inference.

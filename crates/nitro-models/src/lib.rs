@@ -11,6 +11,7 @@ pub mod layers;
 pub mod llama;
 mod lora;
 pub mod mask2former;
+mod packed_file;
 mod params;
 mod random;
 pub mod swin;
@@ -24,6 +25,7 @@ pub use formula::FormulaWeights;
 pub use lora::{
     Adapted, LiveAdapter, LoraAdapter, LoraLayer, LoraSpec, Merged, save_comfy, save_peft,
 };
+pub use packed_file::PackedFile;
 pub use params::{Elements, Init, LowRank, ParameterSource, ParameterSpec, Params};
 pub use random::RandomInit;
 pub use table::StoredTable;

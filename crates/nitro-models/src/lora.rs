@@ -75,6 +75,27 @@ pub struct LoraAdapter {
 }
 
 impl LoraAdapter {
+    /// Fails if `update` does not fit the weight that it is added to.
+    fn check(&self, update: &Update, spec: &ParameterSpec) -> Result<(), WeightError> {
+        let [outputs, inputs] = update.shape();
+        let expected = match update.transposed {
+            true => [inputs, outputs],
+            false => [outputs, inputs],
+        };
+        let fits = spec.shape.len() >= 2
+            && spec.shape[0] == expected[0]
+            && spec.shape[1..].iter().product::<usize>() == expected[1];
+        if fits {
+            return Ok(());
+        }
+        Err(WeightError::Shape {
+            origin: self.origin.clone(),
+            name: spec.name.clone(),
+            expected: spec.shape.clone(),
+            found: expected.to_vec(),
+        })
+    }
+
     /// Reads the adapter of a folder.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, WeightError> {
         let folder = folder.as_ref();
@@ -244,6 +265,7 @@ impl ParameterSource for Merged<'_> {
             let Some(update) = adapter.updates.get(&spec.name) else {
                 continue;
             };
+            adapter.check(update, spec)?;
             let Update {
                 down,
                 up,
@@ -252,22 +274,6 @@ impl ParameterSource for Merged<'_> {
                 transposed,
             } = update;
             let found = update.shape();
-            let expected = if *transposed {
-                [found[1], found[0]]
-            } else {
-                found
-            };
-            if spec.shape.len() < 2
-                || spec.shape[0] != expected[0]
-                || spec.shape[1..].iter().product::<usize>() != expected[1]
-            {
-                return Err(WeightError::Shape {
-                    origin: adapter.origin.clone(),
-                    name: spec.name.clone(),
-                    expected: spec.shape.clone(),
-                    found: expected.to_vec(),
-                });
-            }
             let matrix = |values: &Vec<f32>, shape: [usize; 2]| {
                 Tensor::<2>::from_data(TensorData::new(values.clone(), shape), device)
             };
@@ -299,6 +305,16 @@ impl ParameterSource for Merged<'_> {
                 name: spec.name.clone(),
                 found: format!("{error:?}"),
             })
+    }
+
+    fn verify(&self, spec: &ParameterSpec) -> Result<(), WeightError> {
+        self.base.verify(spec)?;
+        for (adapter, _) in &self.adapters {
+            if let Some(update) = adapter.updates.get(&spec.name) {
+                adapter.check(update, spec)?;
+            }
+        }
+        Ok(())
     }
 
     fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {

@@ -7,9 +7,9 @@
 use std::fmt;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use nitro_ops::{ElementType, Precision, Rows, can_pack};
+use nitro_ops::{ElementType, PackedBytes, PackedForm, Precision, Rows, can_pack};
 
-use crate::{StoredTable, WeightError};
+use crate::{PackedFile, StoredTable, WeightError};
 
 /// How a parameter starts when it is not loaded.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,6 +76,12 @@ pub trait ParameterSource {
             })
     }
 
+    /// Whether the parameter can be had, for one whose packed form is at hand already. Sources that can
+    /// tell without making the elements do.
+    fn verify(&self, spec: &ParameterSpec) -> Result<(), WeightError> {
+        self.elements(spec).map(drop)
+    }
+
     /// A matrix that stays where the source has it, to be read by rows; `None` where the source
     /// cannot keep it for that long.
     fn table(&self, _: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
@@ -112,6 +118,7 @@ pub struct Params<'a> {
     device: Device,
     precision: Precision,
     packs: bool,
+    kept: Option<&'a PackedFile>,
 }
 
 impl fmt::Debug for Params<'_> {
@@ -131,6 +138,7 @@ impl<'a> Params<'a> {
             device: device.clone(),
             precision,
             packs: false,
+            kept: None,
         }
     }
 
@@ -139,6 +147,15 @@ impl<'a> Params<'a> {
     pub fn for_inference(&self) -> Self {
         Self {
             packs: can_pack(&self.device),
+            ..self.clone()
+        }
+    }
+
+    /// The same position; what is packed comes from `file` where it holds it, and is kept for it where
+    /// it does not.
+    pub fn with_packed(&self, file: &'a PackedFile) -> Self {
+        Self {
+            kept: Some(file),
             ..self.clone()
         }
     }
@@ -277,6 +294,28 @@ impl<'a> Params<'a> {
                 Ok(values)
             }
         }
+    }
+
+    /// The parameters `name` (one or more) in packed form, if a file holds them.
+    pub(crate) fn kept(&self, name: &str, form: &PackedForm) -> Option<PackedBytes> {
+        self.kept?.get(name, form)
+    }
+
+    /// Keeps what was packed for a file, if there is one.
+    pub(crate) fn keep(&self, name: &str, form: &PackedForm, bytes: &PackedBytes) {
+        if let Some(file) = self.kept {
+            file.put(name, form, bytes);
+        }
+    }
+
+    /// Fails as [`Params::elements`] would, for a parameter whose packed form was kept.
+    pub(crate) fn verify(
+        &self,
+        leaf: &str,
+        shape: &[usize],
+        init: Init,
+    ) -> Result<(), WeightError> {
+        self.source.verify(&self.spec(leaf, shape, init, true))
     }
 
     /// Elements of `leaf` that are not as long as their shape: the source contradicts itself.

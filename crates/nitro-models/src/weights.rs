@@ -348,6 +348,11 @@ impl ParameterSource for WeightFiles {
         Ok(Elements::Stored(bytes, element))
     }
 
+    fn verify(&self, spec: &ParameterSpec) -> Result<(), WeightError> {
+        let stored = self.find_like(spec)?;
+        self.element_type(&spec.name, stored).map(drop)
+    }
+
     fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {
         let stored = self.find_like(spec)?;
         let ([rows, columns], None) = (spec.shape.as_slice(), &stored.strides) else {

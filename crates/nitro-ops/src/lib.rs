@@ -29,8 +29,8 @@ pub use elementwise::{gate_residual, gelu, gelu_tanh, quick_gelu, silu, silu_gat
 pub use linear::{Activation, activate, linear};
 pub use norm::{layer_norm_modulate, rms_norm};
 pub use packed::{
-    Adaln, ElementType, NormKind, PackedBlock, PackedLinear, PackedStream, PackedTail, Rows,
-    can_pack, linear_packed, mask_values, packed_block,
+    Adaln, ElementType, NormKind, PackedBlock, PackedBytes, PackedForm, PackedLinear, PackedStream,
+    PackedTail, Rows, can_pack, linear_packed, mask_values, packed_block,
 };
 pub use resample::{pixel_shuffle, pixel_unshuffle, upsample_nearest_2x};
 pub use stages::{

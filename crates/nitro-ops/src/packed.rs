@@ -14,7 +14,7 @@ use crate::fused::{Array, Handle};
 use crate::linear::kernel;
 use crate::{Activation, AttentionShape, profile};
 
-pub use nitro_kernels::packed::{ElementType, PackedLinear, Rows};
+pub use nitro_kernels::packed::{ElementType, PackedBytes, PackedForm, PackedLinear, Rows};
 pub use nitro_kernels::transformer::NormKind;
 
 /// Whether tensors of `device` are plain memory that packed operations can read.

@@ -11,6 +11,7 @@ use crate::PipelineError;
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
 use crate::load::{autoencoder_config, autoencoder_weights, load_text_encoder, text_encoder_files};
+use crate::packed_cache::PackedCache;
 use crate::pipeline::{DECODE_PIXELS, decode, misfit, text_features, tokenise};
 use crate::text::TextFeatures;
 use crate::tokenizer::{TextTokenizer, Tokens};
@@ -80,7 +81,13 @@ impl Encoders {
             )?;
             this.texts = Some(TextEncoder {
                 tokenizer,
-                model: load_text_encoder(&weights, &config, &this.device, precision)?,
+                model: load_text_encoder(
+                    &weights,
+                    &config,
+                    &this.device,
+                    precision,
+                    &PackedCache::from_env(),
+                )?,
                 weights,
                 vocabulary,
             });

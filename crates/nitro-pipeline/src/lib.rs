@@ -6,6 +6,7 @@
 //! into the text encoder, the sampler turns noise into latents, the decoder latents into pictures,
 //! and [`picture`] writes them.
 
+mod cache_folder;
 pub mod caption;
 pub mod card;
 mod encoders;
@@ -15,6 +16,7 @@ mod generate;
 pub mod hub;
 mod info;
 mod load;
+mod packed_cache;
 mod part;
 pub mod picture;
 mod pipeline;
@@ -25,6 +27,7 @@ mod sample;
 mod text;
 pub mod tokenizer;
 
+pub use cache_folder::{CacheFolder, caches};
 pub use card::{ModelCard, Variant};
 pub use encoders::{EncoderParts, Encoders};
 pub use error::{PipelineError, RequestError};
@@ -33,6 +36,7 @@ pub use generate::{Event, StepEvent};
 pub use hub::{DownloadProgress, Hub, HubError, HubOptions};
 pub use info::{ModelInfo, PartInfo, VariantInfo};
 pub use load::{CONFIG_KEY, PipelineBuilder};
+pub use packed_cache::PackedCache;
 pub use pipeline::Pipeline;
 pub use pixels::to_pictures;
 pub use prompt_cache::PromptCache;

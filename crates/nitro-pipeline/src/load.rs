@@ -8,7 +8,9 @@ use burn::tensor::Device;
 use nitro_models::dcae::{DcaeConfig, Decoder, Encoder};
 use nitro_models::emmdit::{Emmdit, EmmditConfig};
 use nitro_models::llama::{Llama, LlamaConfig};
-use nitro_models::{LoraAdapter, Merged, Params, TensorMap, WeightFiles};
+use nitro_models::{
+    LoraAdapter, Merged, PackedFile, ParameterSource, Params, TensorMap, WeightFiles,
+};
 use nitro_ops::Precision;
 use serde::de::DeserializeOwned;
 
@@ -16,6 +18,7 @@ use crate::PipelineError;
 use crate::card::{ModelCard, Variant};
 use crate::files::{ModelFile, ModelFiles, ModelLocation};
 use crate::hub::HubOptions;
+use crate::packed_cache::PackedCache;
 use crate::part::Part;
 use crate::pipeline::{Pipeline, Sources};
 use crate::prompt_cache::{self, PromptCache};
@@ -35,6 +38,7 @@ pub struct PipelineBuilder {
     hub: HubOptions,
     tile: Option<usize>,
     prompt_cache: usize,
+    packed_cache: PackedCache,
     on_demand: bool,
     on_part: Box<dyn Fn(&str)>,
 }
@@ -61,6 +65,7 @@ impl PipelineBuilder {
             hub: HubOptions::from_env(),
             tile: None,
             prompt_cache: prompt_cache::MEMORY,
+            packed_cache: PackedCache::from_env(),
             on_demand: false,
             on_part: Box::new(|_| {}),
         }
@@ -113,6 +118,13 @@ impl PipelineBuilder {
     /// again; 64 MiB by default, 0 for none.
     pub fn prompt_cache(mut self, bytes: usize) -> Self {
         self.prompt_cache = bytes;
+        self
+    }
+
+    /// Where packed weights of large models are kept, so that the next start need not pack them; by
+    /// default as the environment says.
+    pub fn packed_cache(mut self, cache: PackedCache) -> Self {
+        self.packed_cache = cache;
         self
     }
 
@@ -169,7 +181,7 @@ impl PipelineBuilder {
         for name in further {
             variants.push(card.variant(Some(name), self.resolution)?);
         }
-        let (device, precision) = (&self.device, self.precision);
+        let (device, precision, packed) = (&self.device, self.precision, &self.packed_cache);
 
         // The transformer comes first: it is the part a user chooses, and errors in it are likeliest.
         (self.on_part)("transformer");
@@ -194,7 +206,8 @@ impl PipelineBuilder {
         let text_encoder = Arc::new(Part::new());
         // A large encoder may not be needed at all: its features of a text are kept on disk.
         if !prompt_cache.is_on_disk() {
-            text_encoder.get(|| load_text_encoder(&text_file, &text_config, device, precision))?;
+            text_encoder
+                .get(|| load_text_encoder(&text_file, &text_config, device, precision, packed))?;
         }
 
         (self.on_part)("image decoder");
@@ -212,6 +225,7 @@ impl PipelineBuilder {
                     device,
                     precision,
                     self.tile,
+                    packed,
                 )
             })?;
         }
@@ -242,6 +256,7 @@ impl PipelineBuilder {
                     tile: self.tile,
                     device: self.device.clone(),
                     precision,
+                    packed_cache: self.packed_cache.clone(),
                     load_time,
                 })
             })
@@ -255,15 +270,26 @@ impl PipelineBuilder {
         variant: &Variant,
         autoencoder: &DcaeConfig,
     ) -> Result<Emmdit, PipelineError> {
-        let weights = open_weights(&files.file(&variant.transformer)?)?;
+        let file = files.file(&variant.transformer)?;
+        let weights = open_weights(&file)?;
         let config = transformer_config(&weights, variant, autoencoder)?;
         let adapters = adapters(files, variant, &self.loras)?;
         let merged = Merged::new(
             &weights,
             adapters.iter().map(|(adapter, scale)| (adapter, *scale)),
         )?;
-        let params = Params::new(&merged, &self.device, self.precision).for_inference();
-        let transformer = Emmdit::new(&config, &params)?;
+        let cache = match self.loras.is_empty() {
+            true => self.packed_cache.clone(),
+            // Each adapter and scale that a user tries would leave a file behind.
+            false => PackedCache::off(),
+        };
+        let own = self.adapter_files(files, variant)?;
+        let mut parts = vec![(&file, 1.0)];
+        parts.extend(own.iter().map(|(file, scale)| (file, *scale)));
+        let transformer = cache.around("transformer", self.precision, &parts, |packed| {
+            let params = inference(&merged, &self.device, self.precision, packed);
+            Ok(Emmdit::new(&config, &params)?)
+        })?;
         // Projectors serve training only.
         weights.finish(&["projectors."])?;
         Ok(transformer)
@@ -380,43 +406,66 @@ fn adapters(
     Ok(adapters)
 }
 
+/// Parameters for a model that will only be run.
+fn inference<'a>(
+    source: &'a dyn ParameterSource,
+    device: &Device,
+    precision: Precision,
+    packed: Option<&'a PackedFile>,
+) -> Params<'a> {
+    let params = Params::new(source, device, precision).for_inference();
+    match packed {
+        Some(file) => params.with_packed(file),
+        None => params,
+    }
+}
+
 /// The text encoder, for texts only.
 pub(crate) fn load_text_encoder(
-    weights: &ModelFile,
+    file: &ModelFile,
     config: &LlamaConfig,
     device: &Device,
     precision: Precision,
+    cache: &PackedCache,
 ) -> Result<Llama, PipelineError> {
-    let weights = open_weights(weights)?;
-    let params = Params::new(&weights, device, precision).for_inference();
-    Ok(Llama::new(config, &params)?)
+    let weights = open_weights(file)?;
+    cache.around("text-encoder", precision, &[(file, 1.0)], |packed| {
+        let params = inference(&weights, device, precision, packed);
+        Ok(Llama::new(config, &params)?)
+    })
 }
 
 /// The half of the autoencoder that makes pictures, in bands of `tile` rows if there is such a wish.
 pub(crate) fn load_decoder(
-    weights: &ModelFile,
+    file: &ModelFile,
     config: &DcaeConfig,
     device: &Device,
     precision: Precision,
     tile: Option<usize>,
+    cache: &PackedCache,
 ) -> Result<Decoder, PipelineError> {
-    let weights = open_weights(weights)?;
-    let params = Params::new(&weights, device, precision).for_inference();
-    let mut decoder = Decoder::new(config, &params)?;
+    let weights = open_weights(file)?;
+    let mut decoder = cache.around("image-decoder", precision, &[(file, 1.0)], |packed| {
+        let params = inference(&weights, device, precision, packed);
+        Ok(Decoder::new(config, &params)?)
+    })?;
     decoder.set_tile(tile);
     Ok(decoder)
 }
 
 /// The autoencoder's other half, for requests that bring an image.
 pub(crate) fn load_encoder(
-    weights: &ModelFile,
+    file: &ModelFile,
     config: &DcaeConfig,
     device: &Device,
     precision: Precision,
+    cache: &PackedCache,
 ) -> Result<Encoder, PipelineError> {
-    let weights = open_weights(weights)?;
-    let params = Params::new(&weights, device, precision).for_inference();
-    Ok(Encoder::new(config, &params)?)
+    let weights = open_weights(file)?;
+    cache.around("image-encoder", precision, &[(file, 1.0)], |packed| {
+        let params = inference(&weights, device, precision, packed);
+        Ok(Encoder::new(config, &params)?)
+    })
 }
 
 fn check_fit(

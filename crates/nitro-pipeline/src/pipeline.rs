@@ -17,6 +17,7 @@ use crate::caption::preprocess;
 use crate::card::Variant;
 use crate::files::{ModelFile, ModelLocation};
 use crate::load::{PipelineBuilder, load_decoder, load_encoder, load_text_encoder};
+use crate::packed_cache::PackedCache;
 use crate::part::Part;
 use crate::pixels::{self, Canvas, Original};
 use crate::prompt_cache::PromptCache;
@@ -48,6 +49,7 @@ pub struct Pipeline {
     pub(crate) tile: Option<usize>,
     pub(crate) device: Device,
     pub(crate) precision: Precision,
+    pub(crate) packed_cache: PackedCache,
     pub(crate) load_time: Duration,
 }
 
@@ -134,6 +136,7 @@ impl Pipeline {
                 &self.text_config,
                 &self.device,
                 self.precision,
+                &self.packed_cache,
             )
         })
     }
@@ -146,6 +149,7 @@ impl Pipeline {
                 &self.device,
                 self.precision,
                 self.tile,
+                &self.packed_cache,
             )
         })
     }
@@ -199,6 +203,7 @@ impl Pipeline {
                     &self.autoencoder,
                     &self.device,
                     self.precision,
+                    &self.packed_cache,
                 )?;
                 Ok(self.encoder.get_or_init(|| encoder))
             }

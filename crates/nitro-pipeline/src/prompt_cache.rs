@@ -10,12 +10,13 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use nitro_files::write_bytes;
 use nitro_kernels::isa::{Isa, Precision};
 use sha2::{Digest, Sha256};
 
+use crate::cache_folder::{self, Kind};
 use crate::files::ModelFile;
 use crate::tokenizer::Tokens;
 
@@ -26,8 +27,14 @@ pub(crate) const MEMORY: usize = 64 << 20;
 const DISK: u64 = 256 << 20;
 /// Encoders of smaller files are computed faster than a file is read.
 const WORTH_A_FILE: u64 = 64 << 20;
-/// Names the folder; empty or `off` for none.
-const FOLDER_VARIABLE: &str = "NITRO_PROMPT_CACHE";
+/// The files of features, named by a SHA-256.
+pub(crate) static KIND: Kind = Kind {
+    holds: "text features",
+    variable: "NITRO_PROMPT_CACHE",
+    name: "prompts",
+    limit: DISK,
+    owns: |name| cache_folder::is_hash(name, 2 * DIGEST),
+};
 const MAGIC: &[u8; 8] = b"nitrotx1";
 const DIGEST: usize = 32;
 
@@ -58,7 +65,7 @@ impl PromptCache {
     /// For the encoder whose weights are `weights`; at most `limit` bytes of features stay in memory.
     pub(crate) fn new(weights: &ModelFile, precision: Precision, limit: usize) -> Self {
         let folder = match weights {
-            ModelFile::Disk(path) if size(path) >= WORTH_A_FILE => default_folder(),
+            ModelFile::Disk(path) if size(path) >= WORTH_A_FILE => KIND.folder(),
             _ => None,
         };
         Self::in_folder(weights, precision, limit, folder)
@@ -132,8 +139,7 @@ impl PromptCache {
             let path = self.path(&key)?;
             let features: Arc<[f32]> = read(&path)?.into();
             // The oldest files go first: this one is young again.
-            let touched = fs::File::options().append(true).open(&path);
-            let _ = touched.and_then(|file| file.set_modified(SystemTime::now()));
+            cache_folder::touch(&path);
             self.memory().insert(key, features.clone());
             Some(features)
         });
@@ -204,19 +210,6 @@ fn size(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |metadata| metadata.len())
 }
 
-/// `$NITRO_PROMPT_CACHE`, else `nitro/prompts` in the user's cache folder.
-fn default_folder() -> Option<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    match std::env::var_os(FOLDER_VARIABLE) {
-        Some(folder) if folder.is_empty() || folder == "off" => None,
-        Some(folder) => Some(folder.into()),
-        None => variable("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .or_else(|| variable("HOME").map(|home| Path::new(&home).join(".cache")))
-            .map(|cache| cache.join("nitro/prompts")),
-    }
-}
-
 /// Magic, digest of the rest, elements.
 fn write(path: &Path, features: &[f32]) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
@@ -224,7 +217,7 @@ fn write(path: &Path, features: &[f32]) -> std::io::Result<()> {
     let data: Vec<u8> = features.iter().flat_map(|x| x.to_le_bytes()).collect();
     let digest: Key = Sha256::digest(&data).into();
     write_bytes(path, &[&MAGIC[..], &digest, &data].concat())?;
-    prune(folder)
+    KIND.prune(folder, DISK)
 }
 
 /// The features of a file, if it is whole.
@@ -234,28 +227,6 @@ fn read(path: &Path) -> Option<Vec<f32>> {
     let (elements, rest) = data.as_chunks::<4>();
     let whole = rest.is_empty() && Sha256::digest(data)[..] == *digest;
     whole.then(|| elements.iter().map(|b| f32::from_le_bytes(*b)).collect())
-}
-
-/// Removes the files that were not used for longest until the others fit.
-fn prune(folder: &Path) -> std::io::Result<()> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let metadata = entry.metadata()?;
-        if metadata.is_file() {
-            files.push((metadata.modified()?, metadata.len(), entry.path()));
-        }
-    }
-    files.sort();
-    let mut total: u64 = files.iter().map(|(_, length, _)| length).sum();
-    for (_, length, path) in files {
-        if total <= DISK {
-            break;
-        }
-        fs::remove_file(path)?;
-        total -= length;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

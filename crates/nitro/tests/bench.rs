@@ -141,6 +141,21 @@ fn every_stage_is_run_in_every_precision_and_reported() {
 }
 
 #[test]
+fn a_second_start_runs_over_weights_that_were_kept() {
+    let options = Options {
+        stages: vec!["dcae_decode_512".parse().unwrap()],
+        second_start: true,
+        ..quick(&[Precision::F32])
+    };
+    let report = run(&small_suite(), &options, &mut |_| ControlFlow::Continue(())).unwrap();
+    let json = serde_json::to_value(&report).unwrap();
+    check_stage(&json["stages"][0], "dcae_decode_512", "f32");
+    let second = &json["models"][0]["second"];
+    assert!(second["load_ms"].as_f64().unwrap() > 0.0, "{second}");
+    assert!(second["file_mib"].as_u64().unwrap() > 0, "{second}");
+}
+
+#[test]
 fn a_bench_can_be_stopped() {
     let stopped = run(
         &small_suite(),

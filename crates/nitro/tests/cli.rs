@@ -368,6 +368,35 @@ fn the_shapes_bench_is_made_scored_and_resumed() {
 }
 
 #[test]
+fn caches_are_shown_and_cleared_without_touching_other_files() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path().join("packed");
+    std::fs::create_dir(&folder).unwrap();
+    let own = folder.join("transformer-bf16-0123456789abcdef.safetensors");
+    let other = folder.join("model.safetensors");
+    std::fs::write(&own, [0; 3000]).unwrap();
+    std::fs::write(&other, [0; 10]).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = nitro(home.path());
+        command.env("NITRO_PACKED_CACHE", &folder);
+        command.env("NITRO_PROMPT_CACHE", "off").arg("cache");
+        let output = command.args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        stdout(&output)
+    };
+    let text = run(&[]);
+    assert!(text.contains("text features   switched off"), "{text}");
+    assert!(text.contains("packed weights     1 files"), "{text}");
+    let json: Value = serde_json::from_str(&run(&["--json"])).unwrap();
+    assert_eq!(json[1]["files"][0]["bytes"], 3000);
+    assert_eq!(json[1]["folder"].as_str(), folder.to_str());
+    run(&["--clear"]);
+    assert!(!own.exists() && other.exists());
+    let json: Value = serde_json::from_str(&run(&["--json"])).unwrap();
+    assert_eq!(json[1]["files"].as_array().unwrap().len(), 0);
+}
+
+#[test]
 fn help_explains_every_command() {
     let home = tempfile::tempdir().unwrap();
     for (arguments, says) in [

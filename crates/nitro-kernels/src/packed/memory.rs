@@ -1,14 +1,26 @@
-//! Memory of packed weights: large anonymous mappings on huge pages, cut into pieces.
+//! Memory of packed weights: large anonymous mappings on huge pages, cut into pieces; or a mapped file
+//! that they were kept in.
 //!
 //! A model's weights are hundreds of megabytes that every forward pass walks through once; on 4 KiB
 //! pages each kilobyte or so of them would cost a walk through the page tables.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
+
+use crate::mapped_file::MappedFile;
+use crate::pool::{SharedPtr, par_for};
 
 /// Size of a mapping that small pieces share. What is never written takes no memory.
 const CHUNK: usize = 64 << 20;
 /// Pieces start on cache lines.
 const ALIGN: usize = 64;
+
+/// What one thread copies at a time.
+const COPIED: usize = 2 << 20;
+
+/// For tests under a sanitizer (`scripts/sanitize.sh`): every piece and every scratch buffer is an
+/// allocation of its own and as large as was asked for, so that accesses beyond it are noticed.
+pub(crate) const EXACT: bool = cfg!(nitro_sanitize);
 
 /// A mapping, or ordinary memory where mappings fail.
 enum Storage {
@@ -37,6 +49,9 @@ impl Chunk {
     }
 
     fn new(len: usize) -> Self {
+        if EXACT {
+            return Chunk::small(len);
+        }
         let mut map = match memmap2::MmapMut::map_anon(len) {
             Ok(map) => map,
             Err(_) => return Chunk::small(len),
@@ -71,7 +86,7 @@ pub(crate) struct Piece {
 impl Piece {
     pub(crate) fn new(len: usize) -> Self {
         let rounded = len.next_multiple_of(ALIGN);
-        if rounded > CHUNK / 2 {
+        if EXACT || rounded > CHUNK / 2 {
             let chunk = Arc::new(Chunk::new(rounded));
             return Piece {
                 chunk,
@@ -93,18 +108,112 @@ impl Piece {
         }
     }
 
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.chunk.start.wrapping_add(self.offset)
+    }
+
+    /// The same memory, to whole cache lines, not to be changed any more.
+    pub(crate) fn freeze(self) -> PackedBytes {
+        PackedBytes {
+            start: self.chunk.start.wrapping_add(self.offset),
+            len: self.len.next_multiple_of(ALIGN),
+            _owner: self.chunk,
+        }
+    }
+}
+
+/// Packed weights that nobody changes any more: in memory, or in a mapped file. They begin on a cache
+/// line, and are whole cache lines.
+///
+/// Clones share the bytes.
+#[derive(Clone)]
+pub struct PackedBytes {
+    start: *const u8,
+    len: usize,
+    /// Keeps the bytes where they are.
+    _owner: Arc<dyn Send + Sync>,
+}
+
+// SAFETY: plain memory that is only read, kept by an owner that may itself be sent.
+unsafe impl Send for PackedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for PackedBytes {}
+
+impl std::fmt::Debug for PackedBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PackedBytes")
+            .field("len", &self.len)
+            .finish_non_exhaustive()
+    }
+}
+
+/// No bytes.
+impl Default for PackedBytes {
+    fn default() -> Self {
+        PackedBytes {
+            start: std::ptr::without_provenance(ALIGN),
+            len: 0,
+            _owner: Arc::new(()),
+        }
+    }
+}
+
+impl PackedBytes {
+    /// The bytes of `file` at `range`, where they stay. `None` if the file does not hold them, or they
+    /// are not whole cache lines.
+    pub fn of_file(file: &Arc<MappedFile>, range: Range<usize>) -> Option<Self> {
+        let bytes = file.as_bytes().get(range)?;
+        let aligned = (bytes.as_ptr() as usize).is_multiple_of(ALIGN);
+        (aligned && bytes.len().is_multiple_of(ALIGN)).then(|| PackedBytes {
+            start: bytes.as_ptr(),
+            len: bytes.len(),
+            _owner: file.clone(),
+        })
+    }
+
+    /// The same bytes in memory of their own, on huge pages.
+    pub fn copied(&self) -> Self {
+        let mut piece = Piece::new(self.len);
+        let to = SharedPtr(piece.as_mut_ptr());
+        par_for(self.len.div_ceil(COPIED), |part| {
+            let part = &self.as_bytes()[part * COPIED..][..COPIED.min(self.len - part * COPIED)];
+            let at = part.as_ptr() as usize - self.start as usize;
+            // SAFETY: the piece is as long as these bytes, new, and each part is written by one task.
+            unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), to.get().add(at), part.len()) };
+        });
+        piece.freeze()
+    }
+
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: the owner keeps `len` initialised bytes from `start` on, which nobody writes.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
     pub(crate) fn as_ptr(&self) -> *const u8 {
-        self.chunk.start.wrapping_add(self.offset)
+        self.start
     }
 
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.chunk.start.wrapping_add(self.offset)
+    /// The `count` numbers from byte `at` on.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub(crate) fn numbers<T: Number>(&self, at: usize, count: usize) -> &[T] {
+        assert!(at.is_multiple_of(ALIGN) && at + count * size_of::<T>() <= self.len);
+        // SAFETY: inside the bytes, from a cache line on; any bits are a number.
+        unsafe { std::slice::from_raw_parts(self.start.add(at).cast(), count) }
     }
 }
+
+/// What packed weights are made of: four bytes of which all patterns are values.
+pub(crate) trait Number: Copy {}
+
+impl Number for f32 {}
+impl Number for i32 {}
 
 /// Buffers from this size on are mapped: page by page from the system, the memory of an autoencoder's
 /// first picture would cost a tenth of a second and more.
@@ -117,7 +226,7 @@ impl Buffer {
     /// At least `len` bytes.
     pub(crate) fn new(len: usize) -> Self {
         Buffer(match len {
-            LARGE.. => Chunk::new(len.next_multiple_of(LARGE)),
+            LARGE.. if !EXACT => Chunk::new(len.next_multiple_of(LARGE)),
             _ => Chunk::small(len),
         })
     }
@@ -128,6 +237,12 @@ impl Buffer {
 
     pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
         self.0.start
+    }
+
+    /// Overwrites everything with a byte of which four are NaN.
+    pub(crate) fn spoil(&mut self) {
+        // SAFETY: the chunk is plain memory of this length, with one owner.
+        unsafe { self.0.start.write_bytes(0xff, self.0.len()) };
     }
 }
 
@@ -187,16 +302,18 @@ mod tests {
             .map(Piece::new)
             .collect();
         for (i, piece) in pieces.iter_mut().enumerate() {
-            assert_eq!(piece.as_ptr() as usize % ALIGN, 0);
+            assert_eq!(piece.as_mut_ptr() as usize % ALIGN, 0);
             // SAFETY: a piece holds `len` bytes.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(piece.as_mut_ptr(), piece.len()) };
+            let bytes = unsafe { std::slice::from_raw_parts_mut(piece.as_mut_ptr(), piece.len) };
             assert!(bytes.iter().all(|&b| b == 0));
             bytes.fill(i as u8 + 1);
         }
-        for (i, piece) in pieces.iter().enumerate() {
-            // SAFETY: as above.
-            let bytes = unsafe { std::slice::from_raw_parts(piece.as_ptr(), piece.len()) };
-            assert!(bytes.iter().all(|&b| b == i as u8 + 1));
+        for (i, piece) in pieces.into_iter().enumerate() {
+            let len = piece.len;
+            let bytes = piece.freeze();
+            let (written, rest) = bytes.as_bytes().split_at(len);
+            assert!(written.iter().all(|&b| b == i as u8 + 1));
+            assert!(rest.len() < ALIGN && rest.iter().all(|&b| b == 0));
         }
     }
 

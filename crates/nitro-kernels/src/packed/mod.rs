@@ -11,14 +11,26 @@
 mod activations;
 pub(crate) mod memory;
 mod product;
+mod rows;
 mod sink;
 mod tile;
 mod weight;
 
+pub use memory::PackedBytes;
 pub use product::packed_linear;
-pub use weight::{ElementType, PackedLinear, Rows};
+pub use rows::{ElementType, Rows};
+pub use weight::PackedLinear;
 
 pub(crate) use activations::{Activations, Format};
 pub(crate) use product::{PACK_ROWS, Product, pack_task, pack_tasks};
 pub(crate) use sink::Sink;
 pub(crate) use tile::{PanelFn, PanelTile, TILE_ROWS, kernel};
+
+/// In what form weights are packed. Bytes that were packed in one form are read in that form only.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PackedForm {
+    /// Kind, instruction set, precision, sizes and layout.
+    pub name: String,
+    /// Bytes.
+    pub len: usize,
+}

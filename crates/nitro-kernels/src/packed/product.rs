@@ -182,9 +182,9 @@ impl<'a> Product<'a> {
                         units,
                         vectors: width / crate::gemm::LANES,
                         start: layer
-                            .starts
+                            .starts()
                             .as_ptr()
-                            .wrapping_add(block * layer.scales.len() + column),
+                            .wrapping_add(block * layer.scaled() + column),
                         c: sums.wrapping_add(i * size + buffer_at),
                         c_pitch: width,
                         accumulate: block > 0,

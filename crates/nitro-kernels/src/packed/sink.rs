@@ -296,7 +296,7 @@ impl<'a> Affine<'a> {
     fn new(weight: &'a PackedLinear, column: usize, columns: usize, row_scales: &'a [f32]) -> Self {
         let part = |all: &'a [f32]| all.get(column..column + columns).unwrap_or(&[]);
         Affine {
-            scales: part(&weight.scales),
+            scales: part(weight.scales()),
             row_scales,
             bias: weight.bias.as_deref().map_or(&[], part),
         }

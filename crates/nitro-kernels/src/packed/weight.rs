@@ -1,119 +1,21 @@
-//! Weights in packed form.
+//! Linear layers' weights in packed form.
 
-use half::{bf16, f16};
-
+use super::PackedForm;
 use super::activations::{Format, ZERO, quantize_row};
-use super::memory::Piece;
+use super::memory::{PackedBytes, Piece};
+use super::rows::{Rows, read_row};
 use crate::error::{KernelError, check_eq};
 use crate::gemm::{KernelSet, LANES, convert_run, transpose16};
 use crate::isa::{Isa, Precision};
 use crate::pool::{Scratch, SharedPtr, par_for};
 
-/// How a file stores an element, little-endian.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ElementType {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// The upper half of a single.
-    Bf16,
-}
-
-impl ElementType {
-    /// Bytes of an element.
-    pub fn bytes(self) -> usize {
-        match self {
-            ElementType::F32 => 4,
-            ElementType::F16 | ElementType::Bf16 => 2,
-        }
-    }
-}
-
-/// A `[rows, columns]` matrix in the bytes of a file, at any alignment.
-#[derive(Debug, Clone, Copy)]
-pub struct Rows<'a> {
-    bytes: &'a [u8],
-    element: ElementType,
-    rows: usize,
-    columns: usize,
-}
-
-impl<'a> Rows<'a> {
-    /// The matrix whose elements `bytes` holds row by row.
-    ///
-    /// # Errors
-    /// If `bytes` is not as long as the shape says.
-    pub fn new(
-        bytes: &'a [u8],
-        element: ElementType,
-        rows: usize,
-        columns: usize,
-    ) -> Result<Self, KernelError> {
-        let needed = rows.saturating_mul(columns).saturating_mul(element.bytes());
-        check_eq("bytes of a matrix", needed, bytes.len())?;
-        Ok(Rows {
-            bytes,
-            element,
-            rows,
-            columns,
-        })
-    }
-
-    /// A matrix in memory.
-    ///
-    /// # Errors
-    /// As [`Rows::new`].
-    pub fn from_f32(values: &'a [f32], rows: usize, columns: usize) -> Result<Self, KernelError> {
-        // SAFETY: any f32 is four plain bytes; the slice covers the same memory.
-        let bytes = unsafe {
-            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
-        };
-        Rows::new(bytes, ElementType::F32, rows, columns)
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Elements of a row.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    /// Writes row `row` as f32.
-    ///
-    /// # Panics
-    /// If there is no such row, or `to` does not hold one row.
-    pub fn read(&self, row: usize, to: &mut [f32]) {
-        assert_eq!(to.len(), self.columns, "room for one row");
-        let size = self.columns * self.element.bytes();
-        let bytes = &self.bytes[row * size..(row + 1) * size];
-        match self.element {
-            ElementType::F32 => {
-                for (to, b) in to.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *to = f32::from_le_bytes(*b);
-                }
-            }
-            ElementType::Bf16 => {
-                for (to, b) in to.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *to = bf16::from_le_bytes(*b).to_f32();
-                }
-            }
-            ElementType::F16 => {
-                for (to, b) in to.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *to = f16::from_le_bytes(*b).to_f32();
-                }
-            }
-        }
-    }
-}
-
 /// Units of K that a panel's sums run over before they go to memory: 1152 units of bf16 are a panel
 /// of 216 KiB, a fifth of the second-level cache, which leaves room for the rows it is multiplied
 /// with.
 const BLOCK_UNITS: usize = 1152;
+
+/// Counts changes of the order of packed weights that their [`PackedForm`] would not tell.
+const LAYOUT: u32 = 1;
 
 /// One or more linear layers over the same input, `y = x W^T + b`, packed for one precision.
 pub struct PackedLinear {
@@ -130,11 +32,8 @@ pub struct PackedLinear {
     /// Vectors of a full panel.
     panel_vectors: usize,
     pub(super) bias: Option<Vec<f32>>,
-    /// Integers: the scale of each column, to whole vectors.
-    pub(super) scales: Vec<f32>,
-    /// Integers: where sums start, `[block][column]`: minus what the offset of the activations adds.
-    pub(super) starts: Vec<i32>,
-    memory: Piece,
+    /// Panels, then for integers the scales and the starts.
+    bytes: PackedBytes,
 }
 
 impl std::fmt::Debug for PackedLinear {
@@ -172,25 +71,71 @@ impl PackedLinear {
         bias: Option<Vec<f32>>,
         precision: Precision,
     ) -> Result<Self, KernelError> {
-        let set = KernelSet::new(isa, precision);
-        let format = match precision {
-            Precision::Int8 => Format::Int8,
-            Precision::F32 | Precision::Bf16 => Format::Float,
-        };
         let k = layers.first().map_or(0, Rows::columns);
         for layer in layers {
             check_eq("inputs of stacked linear layers", k, layer.columns())?;
         }
         let n = layers.iter().map(Rows::rows).sum();
-        if let Some(bias) = &bias {
-            check_eq("bias values of a linear layer", n, bias.len())?;
+        let mut packed = Self::empty(isa, [n, k], precision).with_bias(bias)?;
+        packed.bytes = packed.pack(layers);
+        Ok(packed)
+    }
+
+    /// The layers whose weights were packed before, from [`PackedLinear::packed`]: `outputs` of all of
+    /// them, over `inputs`.
+    ///
+    /// # Errors
+    /// If `bytes` are not as long as [`PackedLinear::form`] says, or the bias is not as long as the
+    /// outputs.
+    pub fn from_packed(
+        [outputs, inputs]: [usize; 2],
+        bias: Option<Vec<f32>>,
+        precision: Precision,
+        bytes: PackedBytes,
+    ) -> Result<Self, KernelError> {
+        Self::from_packed_with_isa(Isa::current(), [outputs, inputs], bias, precision, bytes)
+    }
+
+    /// [`PackedLinear::from_packed`] for a given instruction set.
+    ///
+    /// # Errors
+    /// As [`PackedLinear::from_packed`].
+    pub fn from_packed_with_isa(
+        isa: Isa,
+        [outputs, inputs]: [usize; 2],
+        bias: Option<Vec<f32>>,
+        precision: Precision,
+        bytes: PackedBytes,
+    ) -> Result<Self, KernelError> {
+        let mut packed = Self::empty(isa, [outputs, inputs], precision).with_bias(bias)?;
+        check_eq("bytes of packed weights", packed.len(), bytes.len())?;
+        packed.bytes = bytes;
+        Ok(packed)
+    }
+
+    /// In what form this machine packs `[outputs, inputs]`.
+    pub fn form([outputs, inputs]: [usize; 2], precision: Precision) -> PackedForm {
+        let empty = Self::empty(Isa::current(), [outputs, inputs], precision);
+        let isa = empty.set.isa.name();
+        let (units, panel) = (empty.block_units, empty.panel_vectors);
+        PackedForm {
+            name: format!(
+                "linear {LAYOUT} {isa} {precision:?} {outputs}x{inputs} blocks {units} panels {panel}"
+            ),
+            len: empty.len(),
         }
+    }
+
+    /// Everything but the weights.
+    fn empty(isa: Isa, [n, k]: [usize; 2], precision: Precision) -> Self {
+        let set = KernelSet::new(isa, precision);
+        let format = match precision {
+            Precision::Int8 => Format::Int8,
+            Precision::F32 | Precision::Bf16 => Format::Float,
+        };
         let units = k.div_ceil(format.depth(&set));
         let blocks = units.div_ceil(BLOCK_UNITS).max(1);
-        let vectors = n.div_ceil(LANES);
-        let padded = vectors * LANES;
-        let integers = if format == Format::Int8 { padded } else { 0 };
-        let mut packed = PackedLinear {
+        PackedLinear {
             set,
             format,
             precision,
@@ -199,21 +144,57 @@ impl PackedLinear {
             units,
             block_units: units.div_ceil(blocks),
             panel_vectors: set.vectors,
-            bias,
-            scales: vec![0.0; integers],
-            starts: vec![0; integers * blocks],
-            memory: Piece::new(units * padded * 4),
-        };
-        packed.fill(layers);
-        Ok(packed)
+            bias: None,
+            bytes: PackedBytes::default(),
+        }
     }
 
-    fn fill(&mut self, layers: &[Rows<'_>]) {
+    fn with_bias(mut self, bias: Option<Vec<f32>>) -> Result<Self, KernelError> {
+        if let Some(bias) = &bias {
+            check_eq("bias values of a linear layer", self.n, bias.len())?;
+        }
+        self.bias = bias;
+        Ok(self)
+    }
+
+    /// Integers: columns to whole vectors, each with a scale.
+    pub(super) fn scaled(&self) -> usize {
+        match self.format {
+            Format::Int8 => self.n.next_multiple_of(LANES),
+            Format::Float => 0,
+        }
+    }
+
+    /// Bytes of the panels.
+    fn panels_len(&self) -> usize {
+        self.units * self.n.next_multiple_of(LANES) * 4
+    }
+
+    /// Bytes of the panels, scales and starts.
+    fn len(&self) -> usize {
+        self.panels_len() + self.scaled() * 4 * (1 + self.blocks())
+    }
+
+    /// Integers: the scale of each column, to whole vectors.
+    pub(super) fn scales(&self) -> &[f32] {
+        self.bytes.numbers(self.panels_len(), self.scaled())
+    }
+
+    /// Integers: where sums start, `[block][column]`: minus what the offset of the activations adds.
+    pub(super) fn starts(&self) -> &[i32] {
+        let at = self.panels_len() + self.scaled() * 4;
+        self.bytes.numbers(at, self.scaled() * self.blocks())
+    }
+
+    fn pack(&self, layers: &[Rows<'_>]) -> PackedBytes {
         let vectors = self.n.div_ceil(LANES);
-        let memory = SharedPtr(self.memory.as_mut_ptr().cast::<u32>());
-        let scales = SharedPtr(self.scales.as_mut_ptr());
-        let starts = SharedPtr(self.starts.as_mut_ptr());
-        let this = &*self;
+        let mut piece = Piece::new(self.len());
+        let start = piece.as_mut_ptr();
+        let memory = SharedPtr(start.cast::<u32>());
+        // Both begin on a cache line: panels and scales are whole vectors of sixteen.
+        let scales = SharedPtr(start.wrapping_add(self.panels_len()).cast::<f32>());
+        let starts = SharedPtr(scales.get().wrapping_add(self.scaled()).cast::<i32>());
+        let this = self;
         par_for(vectors, |vector| {
             let (panel, width) = this.panel_of(vector);
             let lane_at = vector * LANES - panel * this.panel_vectors * LANES;
@@ -280,6 +261,7 @@ impl PackedLinear {
                 }
             }
         });
+        piece.freeze()
     }
 
     /// The panel that column vector `vector` lies in, and that panel's width.
@@ -314,10 +296,8 @@ impl PackedLinear {
 
     /// The packed panel, `[unit][width]`.
     pub(super) fn panel(&self, panel: usize) -> *const u32 {
-        self.memory
-            .as_ptr()
-            .cast::<u32>()
-            .wrapping_add(self.panel_start(panel))
+        let panels = self.bytes.as_ptr().cast::<u32>();
+        panels.wrapping_add(self.panel_start(panel))
     }
 
     /// Bytes of a panel.
@@ -355,7 +335,12 @@ impl PackedLinear {
 
     /// Bytes of the packed weights.
     pub fn bytes(&self) -> usize {
-        self.memory.len()
+        self.bytes.len()
+    }
+
+    /// The packed weights, to be kept for [`PackedLinear::from_packed`].
+    pub fn packed(&self) -> &PackedBytes {
+        &self.bytes
     }
 
     /// The weights as the products see them, `[outputs, inputs]`: rounded or quantised. For tests
@@ -371,7 +356,7 @@ impl PackedLinear {
                 let unit = unsafe { *self.panel(panel).add(k / depth * width + lane) };
                 let part = unit >> (k % depth * (32 / depth));
                 out[column * self.k + k] = match depth {
-                    4 => f32::from(part as u8 as i8) * self.scales[column],
+                    4 => f32::from(part as u8 as i8) * self.scales()[column],
                     2 => f32::from_bits(part << 16),
                     _ => f32::from_bits(unit),
                 };
@@ -379,16 +364,4 @@ impl PackedLinear {
         }
         out
     }
-}
-
-/// Row `row` of stacked layers, if there is one.
-fn read_row(layers: &[Rows<'_>], mut row: usize, to: &mut [f32]) -> bool {
-    for layer in layers {
-        if row < layer.rows() {
-            layer.read(row, to);
-            return true;
-        }
-        row -= layer.rows();
-    }
-    false
 }

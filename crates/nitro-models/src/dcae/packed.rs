@@ -185,10 +185,20 @@ fn winograd(
     inputs: usize,
     outputs: usize,
 ) -> Result<WinogradConv, WeightError> {
-    let init = ConvSpec::new(inputs, outputs, 3).init();
-    let weight = p.values("weight", &[outputs, inputs, 3, 3], init)?;
-    WinogradConv::new(form, [outputs, inputs], &weight, p.precision())
-        .map_err(|error| p.misshapen("weight", &error))
+    let (init, precision) = (ConvSpec::new(inputs, outputs, 3).init(), p.precision());
+    let (name, shape) = (p.name("weight"), [outputs, inputs, 3, 3]);
+    let misshapen = |error| p.misshapen("weight", &error);
+    let packed_form =
+        WinogradConv::packed_form(form, [outputs, inputs], precision).map_err(misshapen)?;
+    if let Some(bytes) = p.kept(&name, &packed_form) {
+        p.verify("weight", &shape, init)?;
+        return WinogradConv::from_packed(form, [outputs, inputs], precision, bytes)
+            .map_err(misshapen);
+    }
+    let weight = p.values("weight", &shape, init)?;
+    let conv = WinogradConv::new(form, [outputs, inputs], &weight, precision).map_err(misshapen)?;
+    p.keep(&name, &packed_form, conv.packed());
+    Ok(conv)
 }
 
 pub(super) fn rms_norm(p: &Params<'_>, width: usize) -> Result<Norm, WeightError> {

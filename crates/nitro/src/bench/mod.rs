@@ -47,6 +47,8 @@ pub struct Options {
     pub budget: Duration,
     /// Whether one more run of each stage tells how long each operation took.
     pub per_op: bool,
+    /// Whether models are as a second start makes them, over packed weights that a first one kept.
+    pub second_start: bool,
 }
 
 impl Default for Options {
@@ -59,6 +61,7 @@ impl Default for Options {
             warmup: 1,
             budget: Duration::from_secs(10),
             per_op: false,
+            second_start: false,
         }
     }
 }
@@ -136,7 +139,7 @@ pub fn run(suite: &Suite, options: &Options, observer: Observer<'_>) -> Result<R
     tell(observer, &Event::PeaksDone(&machine, &peaks))?;
     let (mut stages, mut loads) = (Vec::new(), Vec::new());
     for &precision in &options.precisions {
-        let mut models = Models::new(suite, precision, bare_memory);
+        let mut models = Models::new(suite, precision, bare_memory, options.second_start)?;
         for &stage in &options.stages {
             if let Some(reason) = stage.refusal(precision) {
                 let event = Event::Skipped {

@@ -17,13 +17,15 @@ use nitro_models::dinov2::Dinov2;
 use nitro_models::emmdit::Emmdit;
 use nitro_models::llama::Llama;
 use nitro_models::{
-    FormulaWeights, InputError, ParameterSource, ParameterSpec, Params, StoredTable, WeightError,
+    FormulaWeights, InputError, PackedFile, ParameterSource, ParameterSpec, Params, StoredTable,
+    WeightError,
 };
 use nitro_ops::Precision;
 use nitro_pipeline::to_pictures;
+use tempfile::TempDir;
 
 use super::machine::resident_memory;
-use super::report::LoadReport;
+use super::report::{LoadReport, SecondStart};
 use super::stage::Stage;
 use super::suite::Suite;
 use super::{BenchError, Event, Observer, tell};
@@ -47,6 +49,15 @@ pub(super) enum Part {
 }
 
 impl Part {
+    const ALL: [Self; 6] = [
+        Self::Emmdit,
+        Self::LargeEmmdit,
+        Self::Llama,
+        Self::Decoder,
+        Self::Encoder,
+        Self::Dino,
+    ];
+
     fn name(self) -> &'static str {
         match self {
             Self::Emmdit => "emmdit_512",
@@ -75,13 +86,26 @@ pub(super) struct Models<'a> {
     bare_memory: Option<u64>,
     /// Memory of the models at hand, in MiB.
     held: Vec<(Part, u64)>,
+    /// Where packed weights are kept, if models are to run over weights that were.
+    kept: Option<TempDir>,
 }
 
 impl<'a> Models<'a> {
     /// None yet. `bare_memory` is what the program held before anything was measured: memory that was
-    /// freed since may not have gone back to the system yet.
-    pub(super) fn new(suite: &'a Suite, precision: Precision, bare_memory: Option<u64>) -> Self {
-        Self {
+    /// freed since may not have gone back to the system yet. With `keep`, models are as a second start
+    /// makes them: over packed weights that a first one kept in a file.
+    pub(super) fn new(
+        suite: &'a Suite,
+        precision: Precision,
+        bare_memory: Option<u64>,
+        keep: bool,
+    ) -> Result<Self, BenchError> {
+        let folder = keep.then(tempfile::tempdir).transpose();
+        let kept = folder.map_err(|source| WeightError::Io {
+            path: std::env::temp_dir(),
+            source,
+        })?;
+        Ok(Self {
             suite,
             precision,
             device: Device::flex(),
@@ -94,7 +118,8 @@ impl<'a> Models<'a> {
             loads: Vec::new(),
             bare_memory,
             held: Vec::new(),
-        }
+            kept,
+        })
     }
 
     pub(super) fn suite(&self) -> &'a Suite {
@@ -118,12 +143,11 @@ impl<'a> Models<'a> {
     ) -> Result<(), BenchError> {
         let parts = stage.parts();
         let keep = |part| parts.contains(&part);
-        self.emmdit.take_if(|_| !keep(Part::Emmdit));
-        self.large_emmdit.take_if(|_| !keep(Part::LargeEmmdit));
-        self.llama.take_if(|_| !keep(Part::Llama));
-        self.decoder.take_if(|_| !keep(Part::Decoder));
-        self.encoder.take_if(|_| !keep(Part::Encoder));
-        self.dino.take_if(|_| !keep(Part::Dino));
+        for part in Part::ALL {
+            if !keep(part) {
+                self.drop_part(part);
+            }
+        }
         self.held.retain(|(part, _)| keep(*part));
         for &part in parts {
             if !self.has(part) {
@@ -146,9 +170,40 @@ impl<'a> Models<'a> {
     }
 
     fn make(&mut self, part: Part) -> Result<(), BenchError> {
+        let first = self.kept_file(part);
+        let (load, parameters) = self.build(part, first.as_ref())?;
+        let second = match first {
+            Some(first) => Some(self.start_again(part, first)?),
+            None => None,
+        };
+        let others: u64 = self.held.iter().map(|(_, mib)| mib).sum();
+        let resident_mib = resident_memory()
+            .zip(self.bare_memory)
+            .map(|(now, bare)| now.saturating_sub(bare + others));
+        self.held.push((part, resident_mib.unwrap_or(0)));
+        if self.loads.iter().all(|load| load.model != part.name()) {
+            self.loads.push(LoadReport {
+                model: part.name(),
+                precision: self.precision.name(),
+                parameters,
+                load_ms: load.as_secs_f64() * 1e3,
+                second,
+                resident_mib,
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes a model of weights by formula; how long that took without the formula, and its parameters.
+    fn build(
+        &mut self,
+        part: Part,
+        packed: Option<&PackedFile>,
+    ) -> Result<(Duration, usize), BenchError> {
         let source = Formula::new();
         // As the pipeline loads them.
         let params = Params::new(&source, &self.device, self.precision).for_inference();
+        let params = packed.map_or(params.clone(), |file| params.with_packed(file));
         let begun = Instant::now();
         match part {
             Part::Emmdit => self.emmdit = Some(Emmdit::new(&self.suite.emmdit, &params)?),
@@ -164,22 +219,44 @@ impl<'a> Models<'a> {
                 self.dino = Some(model.resampled([grid; 2]));
             }
         }
-        let whole = begun.elapsed();
-        let others: u64 = self.held.iter().map(|(_, mib)| mib).sum();
-        let resident_mib = resident_memory()
-            .zip(self.bare_memory)
-            .map(|(now, bare)| now.saturating_sub(bare + others));
-        self.held.push((part, resident_mib.unwrap_or(0)));
-        if self.loads.iter().all(|load| load.model != part.name()) {
-            self.loads.push(LoadReport {
-                model: part.name(),
-                precision: self.precision.name(),
-                parameters: source.parameters.get(),
-                load_ms: whole.saturating_sub(source.time.get()).as_secs_f64() * 1e3,
-                resident_mib,
-            });
+        let own = begun.elapsed().saturating_sub(source.time.get());
+        Ok((own, source.parameters.get()))
+    }
+
+    fn kept_file(&self, part: Part) -> Option<PackedFile> {
+        let folder = self.kept.as_ref()?;
+        let path = folder.path().join(part.name());
+        Some(PackedFile::open(path, self.precision.name()))
+    }
+
+    /// Writes what was packed for the model into its file, and makes the model again from there.
+    fn start_again(&mut self, part: Part, first: PackedFile) -> Result<SecondStart, BenchError> {
+        let begun = Instant::now();
+        first.save()?;
+        let save = begun.elapsed();
+        // The old ones go first: weights are never there twice.
+        drop(first);
+        self.drop_part(part);
+        let begun = Instant::now();
+        let second = self.kept_file(part);
+        let opened = begun.elapsed();
+        let (load, _) = self.build(part, second.as_ref())?;
+        Ok(SecondStart {
+            save_ms: save.as_secs_f64() * 1e3,
+            file_mib: second.map_or(0, |file| file.bytes() >> 20),
+            load_ms: (opened + load).as_secs_f64() * 1e3,
+        })
+    }
+
+    fn drop_part(&mut self, part: Part) {
+        match part {
+            Part::Emmdit => self.emmdit = None,
+            Part::LargeEmmdit => self.large_emmdit = None,
+            Part::Llama => self.llama = None,
+            Part::Decoder => self.decoder = None,
+            Part::Encoder => self.encoder = None,
+            Part::Dino => self.dino = None,
         }
-        Ok(())
     }
 
     /// What one run of `stage` does. Its models must have been made.
@@ -392,6 +469,10 @@ impl ParameterSource for Formula {
 
     fn contains(&self, name: &str) -> bool {
         self.weights.contains(name)
+    }
+
+    fn verify(&self, spec: &ParameterSpec) -> Result<(), WeightError> {
+        self.weights.verify(spec)
     }
 
     fn table(&self, spec: &ParameterSpec) -> Result<Option<StoredTable>, WeightError> {

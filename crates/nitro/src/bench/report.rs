@@ -109,8 +109,22 @@ pub struct LoadReport {
     pub parameters: usize,
     /// Making the model of weights at hand: conversion and packing, without reading a file.
     pub load_ms: f64,
+    /// The same from packed weights that were kept in a file, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub second: Option<SecondStart>,
     /// Memory that it holds, in MiB.
     pub resident_mib: Option<u64>,
+}
+
+/// A start that finds packed weights in a file.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SecondStart {
+    /// What the first start takes to write the file, into the system's memory.
+    pub save_ms: f64,
+    /// Size of the file, in MiB.
+    pub file_mib: usize,
+    /// Making the model of the file, which is in the system's memory.
+    pub load_ms: f64,
 }
 
 /// All calls of one operation with the same shapes, within one run of a stage.

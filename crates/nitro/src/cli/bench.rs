@@ -34,6 +34,10 @@ pub(super) struct BenchArgs {
     /// Also show which operations each stage's time goes to
     #[arg(long)]
     per_op: bool,
+    /// Keep packed weights in a file, and run the stages as a second start does, over weights that
+    /// are mapped from there
+    #[arg(long)]
+    second_start: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -72,6 +76,7 @@ impl BenchArgs {
         let mut options = Options {
             runs: usize::from(self.runs),
             per_op: self.per_op,
+            second_start: self.second_start,
             precisions: self.precision.iter().map(|p| p.precision()).collect(),
             ..Options::default()
         };
@@ -262,16 +267,28 @@ fn ops_text(ops: &[OpReport]) -> String {
 }
 
 fn show_summary(report: &Report) {
-    let mut text = String::from("\nmodel           precision  parameters    load ms  holds MiB\n");
+    let mut text = String::from("\nmodel           precision  parameters    load ms  holds MiB");
+    let again = report.models.iter().any(|load| load.second.is_some());
+    text += match again {
+        true => "   write ms   file MiB  load again ms\n",
+        false => "\n",
+    };
     for load in &report.models {
         let held = load.resident_mib.map_or("-".to_owned(), |n| n.to_string());
         text += &format!(
-            "{:<15} {:>9} {:>9.1} M {:>10.0} {held:>10}\n",
+            "{:<15} {:>9} {:>9.1} M {:>10.0} {held:>10}",
             load.model,
             load.precision,
             load.parameters as f64 / 1e6,
             load.load_ms
         );
+        if let Some(second) = &load.second {
+            text += &format!(
+                " {:>10.0} {:>10} {:>14.1}",
+                second.save_ms, second.file_mib, second.load_ms
+            );
+        }
+        text += "\n";
     }
     if !report.images_per_second.is_empty() {
         text += "\nimages/s at 512 px, from the stages above\n";

@@ -1,6 +1,7 @@
 //! The command line: one module per command.
 
 mod bench;
+mod cache;
 mod data;
 mod eval;
 mod failure;
@@ -30,7 +31,7 @@ use clap::{Args, Parser, Subcommand};
     after_help = "Exit codes: 0 done; 1 failed (model, disk, network); 2 the request cannot be \
                   carried out as given; 130 stopped with Ctrl-C.\n\
                   Environment: NITRO_MODEL, HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, \
-                  HF_HUB_OFFLINE."
+                  HF_HUB_OFFLINE, NITRO_PROMPT_CACHE, NITRO_PACKED_CACHE."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -58,6 +59,8 @@ enum Command {
     Model(ModelCommand),
     /// Measure this machine, and the full-size models on it
     Bench(bench::BenchArgs),
+    /// Show or clear what is kept on disk to be faster next time: packed weights, text features
+    Cache(cache::CacheArgs),
 }
 
 #[derive(Args)]
@@ -85,6 +88,7 @@ pub(crate) fn run() -> ExitCode {
             command: Model::Info(args),
         }) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Cache(args) => cache::run(&args),
     };
     match result.and_then(|()| ranks::leave()) {
         Ok(()) => ExitCode::SUCCESS,

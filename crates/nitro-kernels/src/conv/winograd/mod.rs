@@ -22,6 +22,7 @@ use super::norm::add_norm;
 use crate::error::{KernelError, check_eq, check_len};
 use crate::gemm::Activation;
 use crate::isa::{Isa, Precision};
+use crate::packed::{PackedBytes, PackedForm};
 use crate::pool::{Scratch, SharedPtr, num_threads, par_for};
 use crate::simd::Level;
 use crate::tile::{Left, Out, Right, Size, Start, multiply};
@@ -33,6 +34,8 @@ use weights::{LANES, MAX_INT16_CHANNELS, MAX_VECTORS, Panel, Weights};
 const BLOCK_PIXELS: usize = 512;
 /// Tiles are counted in these, the rows of a product.
 const TILE_STEP: usize = 8;
+/// Counts changes of the order, the transforms or the rounding of packed weights.
+const LAYOUT: u32 = 1;
 
 /// What a [`WinogradConv`] computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -121,8 +124,67 @@ impl WinogradConv {
     pub fn with_isa(
         isa: Isa,
         form: WinogradForm,
-        [outputs, inputs]: [usize; 2],
+        shape: [usize; 2],
         weight: &[f32],
+        precision: Precision,
+    ) -> Result<Self, KernelError> {
+        let conv = Self::empty(isa, form, shape, precision)?;
+        let [outputs, inputs] = shape;
+        let count = outputs.saturating_mul(inputs).saturating_mul(9);
+        check_eq("winograd: weight elements", count, weight.len())?;
+        let bytes = match form {
+            WinogradForm::Same => conv.weights.pack::<Same>(weight, shape),
+            WinogradForm::Doubled => conv.weights.pack::<Doubled>(weight, shape),
+        };
+        Ok(conv.with_bytes(bytes))
+    }
+
+    /// The convolution whose weights (`[outputs, inputs, 3, 3]`) were transformed before, from
+    /// [`WinogradConv::packed`].
+    ///
+    /// # Errors
+    /// If there are no channels or `bytes` are not as long as [`WinogradConv::packed_form`] says.
+    pub fn from_packed(
+        form: WinogradForm,
+        shape: [usize; 2],
+        precision: Precision,
+        bytes: PackedBytes,
+    ) -> Result<Self, KernelError> {
+        let conv = Self::empty(Isa::current(), form, shape, precision)?;
+        check_eq("bytes of packed weights", conv.weights.len(), bytes.len())?;
+        Ok(conv.with_bytes(bytes))
+    }
+
+    /// In what form this machine packs weights `[outputs, inputs, 3, 3]`.
+    ///
+    /// # Errors
+    /// If there are no channels.
+    pub fn packed_form(
+        form: WinogradForm,
+        shape: [usize; 2],
+        precision: Precision,
+    ) -> Result<PackedForm, KernelError> {
+        let conv = Self::empty(Isa::current(), form, shape, precision)?;
+        let [outputs, inputs] = shape;
+        let kind = if conv.int16 { "int16" } else { "f32" };
+        Ok(PackedForm {
+            name: format!("winograd {LAYOUT} {form:?} {kind} {outputs}x{inputs}"),
+            len: conv.weights.len(),
+        })
+    }
+
+    fn with_bytes(self, bytes: PackedBytes) -> Self {
+        Self {
+            weights: self.weights.with_bytes(bytes),
+            ..self
+        }
+    }
+
+    /// Everything but the weights.
+    fn empty(
+        isa: Isa,
+        form: WinogradForm,
+        [outputs, inputs]: [usize; 2],
         precision: Precision,
     ) -> Result<Self, KernelError> {
         if inputs == 0 || outputs == 0 {
@@ -132,17 +194,16 @@ impl WinogradConv {
                 help: "use 1 or more",
             });
         }
-        let count = outputs.saturating_mul(inputs).saturating_mul(9);
-        check_eq("winograd: weight elements", count, weight.len())?;
         let isa = isa.or_portable();
         let int16 = precision != Precision::F32
             && isa == Isa::Avx512Bf16
             && inputs <= MAX_INT16_CHANNELS
             && product::has_int16();
-        let weights = match form {
-            WinogradForm::Same => Weights::new::<Same>(weight, inputs, outputs, int16),
-            WinogradForm::Doubled => Weights::new::<Doubled>(weight, inputs, outputs, int16),
+        let side = match form {
+            WinogradForm::Same => Same::SIDE,
+            WinogradForm::Doubled => Doubled::SIDE,
         };
+        let weights = Weights::empty(side * side, [outputs, inputs], int16);
         Ok(Self {
             form,
             level: Level::of(isa),
@@ -170,6 +231,11 @@ impl WinogradConv {
 
     /// Bytes of the transformed weights.
     pub fn weight_bytes(&self) -> usize {
+        self.weights.len()
+    }
+
+    /// The transformed weights, to be kept for [`WinogradConv::from_packed`].
+    pub fn packed(&self) -> &PackedBytes {
         self.weights.bytes()
     }
 
@@ -412,7 +478,7 @@ impl Block<'_> {
                             std::ptr::null()
                         },
                         column_steps: if int16 {
-                            conv.weights.steps[first..].as_ptr()
+                            conv.weights.steps()[first..].as_ptr()
                         } else {
                             std::ptr::null()
                         },

@@ -162,6 +162,31 @@ fn bands_of_rows_are_the_rows_of_the_whole_image() {
     }
 }
 
+#[test]
+fn weights_transformed_before_give_the_same_bits() {
+    let ([h, w], shape) = ([9, 11], [20, 18]);
+    let (x, g) = (random(1, h * w * 18), random(2, 20 * 18 * 9));
+    for form in FORMS {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let conv = WinogradConv::new(form, shape, &g, precision).unwrap();
+            let bytes = conv.packed().clone();
+            let described = WinogradConv::packed_form(form, shape, precision).unwrap();
+            assert_eq!(described.len, bytes.as_bytes().len());
+            let again = WinogradConv::from_packed(form, shape, precision, bytes.clone()).unwrap();
+            let run = |conv: &WinogradConv| {
+                let mut y = vec![0.0; conv.scale().pow(2) * h * w * 20];
+                let input = ImageRows { data: &x, first: 0 };
+                let finish = Finish::Add { bias: None };
+                conv.forward([h, w], input, 0..conv.scale() * h, &mut y, finish)
+                    .unwrap();
+                y
+            };
+            assert_eq!(run(&again), run(&conv));
+            assert!(WinogradConv::from_packed(form, [60, 18], precision, bytes).is_err());
+        }
+    }
+}
+
 /// The sums of 16-bit products come closest to their limit where one input and one weight carry all.
 #[test]
 fn integers_neither_overflow_nor_saturate() {

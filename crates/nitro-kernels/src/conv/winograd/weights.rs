@@ -1,6 +1,7 @@
 //! Weights in transformed form, in panels of up to 48 outputs.
 
 use super::form::{Form, MAX_SIDE};
+use crate::packed::PackedBytes;
 use crate::packed::memory::Piece;
 use crate::pool::{Scratch, SharedPtr, par_for};
 
@@ -19,16 +20,15 @@ const WEIGHT_NORM: f32 = 66_000.0;
 pub(super) const MAX_INT16_CHANNELS: usize = 4096;
 
 /// Transformed weights: `[panel][point][unit][vectors * 16]`, four bytes per entry. A unit is one
-/// input channel in f32, or two as 16-bit integers.
+/// input channel in f32, or two as 16-bit integers, which their steps follow.
 pub(super) struct Weights {
-    memory: Piece,
+    bytes: PackedBytes,
     /// Vectors of outputs.
     vectors: usize,
     /// Units of one point and output.
     units: usize,
     points: usize,
-    /// For integers: `[point][vectors * 16]`, what one step of a weight is worth.
-    pub(super) steps: Vec<f32>,
+    int16: bool,
 }
 
 /// Some consecutive vectors of outputs.
@@ -39,22 +39,41 @@ pub(super) struct Panel {
 }
 
 impl Weights {
+    /// None yet, of a form that evaluates `points` points.
+    pub(super) fn empty(points: usize, [outputs, inputs]: [usize; 2], int16: bool) -> Self {
+        Self {
+            bytes: PackedBytes::default(),
+            vectors: outputs.div_ceil(LANES),
+            units: if int16 { inputs.div_ceil(2) } else { inputs },
+            points,
+            int16,
+        }
+    }
+
+    /// These, with `bytes` of the right length.
+    pub(super) fn with_bytes(self, bytes: PackedBytes) -> Self {
+        Self { bytes, ..self }
+    }
+
     /// Transforms `weight` (`[outputs, inputs, 3, 3]`).
-    pub(super) fn new<F: Form>(weight: &[f32], inputs: usize, outputs: usize, int16: bool) -> Self {
-        let units = if int16 { inputs.div_ceil(2) } else { inputs };
-        let (vectors, points) = (outputs.div_ceil(LANES), F::SIDE * F::SIDE);
-        let mut weights = Self {
-            memory: Piece::new(vectors * points * units * LANES * 4),
+    pub(super) fn pack<F: Form>(
+        &self,
+        weight: &[f32],
+        [outputs, inputs]: [usize; 2],
+    ) -> PackedBytes {
+        let Self {
             vectors,
             units,
             points,
-            steps: vec![0.0; if int16 { points * vectors * LANES } else { 0 }],
-        };
-        let entries = SharedPtr(weights.memory.as_mut_ptr().cast::<u32>());
-        let steps = SharedPtr(weights.steps.as_mut_ptr());
-        let panels = weights.panels();
-        par_for(panels, |panel| {
-            let panel = weights.panel(panel);
+            int16,
+            ..
+        } = *self;
+        let mut piece = Piece::new(self.len());
+        let start = piece.as_mut_ptr();
+        let entries = SharedPtr(start.cast::<u32>());
+        let steps = SharedPtr(start.wrapping_add(self.entries_len()).cast::<f32>());
+        par_for(self.panels(), |panel| {
+            let panel = self.panel(panel);
             let width = panel.vectors * LANES;
             let columns = panel.first * LANES..((panel.first + panel.vectors) * LANES).min(outputs);
             let mut scratch = Scratch::take(points * inputs * width * 4);
@@ -96,7 +115,7 @@ impl Weights {
                 quantise(values, width, target, steps);
             }
         });
-        weights
+        piece.freeze()
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -116,10 +135,10 @@ impl Weights {
     pub(super) fn of(&self, panel: Panel, point: usize) -> &[[u32; LANES]] {
         let count = panel.vectors * self.units;
         let at = panel.first * self.points * self.units + point * count;
-        assert!((at + count) * LANES * 4 <= self.memory.len());
-        // SAFETY: the memory holds that much, aligned to cache lines.
+        assert!((at + count) * LANES * 4 <= self.bytes.len());
+        // SAFETY: the bytes hold that much, aligned to cache lines.
         unsafe {
-            let entries = self.memory.as_ptr().cast::<[u32; LANES]>();
+            let entries = self.bytes.as_ptr().cast::<[u32; LANES]>();
             std::slice::from_raw_parts(entries.add(at), count)
         }
     }
@@ -134,9 +153,30 @@ impl Weights {
         self.units
     }
 
-    /// Bytes held.
-    pub(super) fn bytes(&self) -> usize {
-        self.memory.len() + self.steps.len() * 4
+    /// For integers: `[point][vectors * 16]`, what one step of a weight is worth.
+    pub(super) fn steps(&self) -> &[f32] {
+        self.bytes.numbers(self.entries_len(), self.steps_count())
+    }
+
+    fn steps_count(&self) -> usize {
+        if self.int16 {
+            self.points * self.vectors * LANES
+        } else {
+            0
+        }
+    }
+
+    fn entries_len(&self) -> usize {
+        self.vectors * self.points * self.units * LANES * 4
+    }
+
+    /// Bytes that all take.
+    pub(super) fn len(&self) -> usize {
+        self.entries_len() + self.steps_count() * 4
+    }
+
+    pub(super) fn bytes(&self) -> &PackedBytes {
+        &self.bytes
     }
 }
 
