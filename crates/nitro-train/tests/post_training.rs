@@ -60,8 +60,10 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-const GRPO: [&str; 13] = [
-    "task.window=null",
+const GRPO: [&str; 15] = [
+    "task.objective={kind: likelihood}",
+    "task.noise.level=0.7",
+    "task.updates_per_rollout=2",
     "run.batch_size=4",
     "run.warmup_steps=0",
     "run.decay_steps=0",
