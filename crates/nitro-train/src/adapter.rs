@@ -9,6 +9,8 @@ use nitro_models::{
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::config::RunConfig;
+use crate::start;
 use crate::store::{Entry, ParameterStore};
 
 /// Which layers are adapted, and how strongly.
@@ -130,9 +132,9 @@ impl Adapter {
         Ok(live)
     }
 
-    /// Fresh parameters.
-    pub(crate) fn initialise(&self, seed: u64) -> Result<ParameterStore, TrainError> {
-        ParameterStore::initialise(seed, |p| self.build(p).map(drop))
+    /// Its parameters as a run of `config` begins with them: fresh, or those of `run.init_from`.
+    pub(crate) fn initial(&self, config: &RunConfig) -> Result<ParameterStore, TrainError> {
+        start::initial(config, |p| self.build(p).map(drop))
     }
 
     /// Writes the averaged adapter of `store` as a PEFT folder, and beside its weights the same in

@@ -41,10 +41,15 @@ fn log(dir: &Path) -> Vec<Value> {
         .collect()
 }
 
-/// A copy of the miniature to export into.
+/// A copy of the miniature that knows its base variant alone, to export into.
 fn model_folder(place: &Path) -> PathBuf {
     let to = place.join("model");
     copy(&root().join("models/miniature"), &to);
+    let path = to.join("nitro.json");
+    let text = std::fs::read(&path).unwrap();
+    let mut card = ModelCard::parse(&text, "nitro.json").unwrap();
+    card.variants.retain(|v| v.name == "base");
+    std::fs::write(path, serde_json::to_vec(&card).unwrap()).unwrap();
     to
 }
 
@@ -119,6 +124,13 @@ fn grpo_agrees_with_its_rollouts_and_resumes_to_the_bit() {
         "the policy has left the reference"
     );
     assert!(place.join("whole/samples/step-00000001-best.png").exists());
+
+    // Another run's average is where a further one begins.
+    let from = format!("run.init_from={}", place.join("whole").display());
+    let still = "run.optimizer.lr=1e-12";
+    let further = with("run.max_steps=1", &[from.as_str(), still]);
+    run(&further, &place.join("further"), &export).unwrap();
+    assert!(log(&place.join("further"))[0]["kl"].as_f64().unwrap() > 1e-12);
 
     // Without guidance, with the other sampler, in a window: still the same numbers.
     let other = [
@@ -254,6 +266,18 @@ fn distillation_resumes_to_the_bit_with_its_pairs() {
     assert!(step(4)["discriminator"]["misaligned"]["right"].is_number());
     assert_eq!(step(1)["adversarial"], 0.0, "not heard before its start");
     assert!(step(2)["adversarial"].as_f64().unwrap() > 0.0);
+
+    // A student starts as its teacher and nowhere else.
+    let elsewhere = ["run.init_from=whole", pairs_config.as_str()];
+    let config = load(
+        "distill-miniature.yaml",
+        &[&DISTILL[..], &elsewhere].concat(),
+    );
+    let error = run(&config, &place.join("elsewhere"), &export).unwrap_err();
+    assert!(
+        error.to_string().contains("starts as its teacher"),
+        "{error}"
+    );
 
     // Another teacher's pairs are refused, and those that were chosen otherwise.
     let select = pairs_config.replace("batch: 4", "batch: 4, select: {attempts: 2, reward: 1.0}");

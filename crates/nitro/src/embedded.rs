@@ -16,6 +16,9 @@ pub const MINIATURE: EmbeddedModel = EmbeddedModel {
     files: model_folder![
         "nitro.json",
         "transformer.safetensors",
+        "transformer-dist.safetensors",
+        "grpo/adapter_config.json",
+        "grpo/adapter_model.safetensors",
         "dc-ae/config.json",
         "dc-ae/diffusion_pytorch_model.safetensors",
         "text_encoder/config.json",

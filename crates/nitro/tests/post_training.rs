@@ -6,6 +6,8 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use image::{Rgb, RgbImage};
+use nitro_eval::shapes::shapes_bench;
+use serde_json::Value;
 use support::{nitro, said, stderr, stdout};
 
 fn miniature() -> PathBuf {
@@ -89,6 +91,14 @@ fn what_does_not_fit_is_told_before_anything_is_trained() {
 #[test]
 fn the_table_is_made_from_nothing() {
     let home = tempfile::tempdir().unwrap();
+    let config = miniature().join("../../configs/miniature-preference.yaml");
+    let output = nitro(home.path())
+        .args(["train", "run", config.to_str().unwrap(), "-q"])
+        .args(["--dir", "training", "--export", "."])
+        .args(["run.max_steps=1", "run.batch_size=2", "run.sample_every=0"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
     let reproduce = || {
         let grpo = [
             "run.max_steps=1",
@@ -111,8 +121,9 @@ fn the_table_is_made_from_nothing() {
         let mut command = nitro(home.path());
         command.args(["reproduce", "table2", "-q", "--every", "120", "--model"]);
         command.arg(miniature());
+        command.args(["--hps", "preference"]);
         for o in grpo {
-            command.args(["--grpo", o]);
+            command.args(["--grpo", o, "--grpo-hps", o]);
         }
         for o in distill {
             command.args(["--distill", o]);
@@ -131,12 +142,44 @@ fn the_table_is_made_from_nothing() {
         assert!(table.contains(row), "{table}");
     }
     let rows = std::fs::read_to_string(runs.join("table2.json")).unwrap();
-    let rows: serde_json::Value = serde_json::from_str(&rows).unwrap();
+    let rows: Value = serde_json::from_str(&rows).unwrap();
     assert_eq!(rows.as_array().unwrap().len(), 3);
+    assert!(rows[2]["hps"].is_number(), "{rows}");
     // Started again, it trains and paints nothing anew.
     let log = |run: &str| std::fs::read_to_string(runs.join(run).join("metrics.jsonl")).unwrap();
-    let before = (log("grpo"), log("dist"));
+    assert!(log("grpo-hps").contains("\"hps\""), "rewarded as well");
+    let before = ["grpo", "grpo-hps", "dist"].map(log);
     let again = reproduce();
     assert!(again.status.success(), "{}", said(&again));
-    assert_eq!((log("grpo"), log("dist")), before);
+    assert_eq!(["grpo", "grpo-hps", "dist"].map(log), before);
+}
+
+#[test]
+fn the_shipped_variants_paint_what_is_asked_for() {
+    let home = tempfile::tempdir().unwrap();
+    // Two prompts of each task.
+    let prompts: Vec<String> = shapes_bench()
+        .iter()
+        .step_by(20)
+        .map(|p| p.metadata.to_json())
+        .collect();
+    assert_eq!(prompts.len(), 12);
+    std::fs::write(home.path().join("prompts.jsonl"), prompts.join("\n")).unwrap();
+    // The model card promises 0.80 and more of the whole bench.
+    for (variant, steps, guidance) in [("base", 20, 4.5), ("grpo", 20, 4.5), ("dist", 4, 0.0)] {
+        let output = nitro(home.path())
+            .args(["eval", "shapes", "--prompts", "prompts.jsonl", "--json"])
+            .args(["--variant", variant, "--out", variant])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        let summary: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        assert_eq!(summary["images"], 48);
+        let overall = summary["overall"].as_f64().unwrap();
+        assert!(overall >= 0.65, "{variant}: {summary}");
+        let manifest = std::fs::read(home.path().join(variant).join("manifest.json")).unwrap();
+        let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+        assert_eq!(manifest["steps"], steps);
+        assert_eq!(manifest["guidance"], guidance);
+    }
 }

@@ -78,7 +78,7 @@ pub fn run(
         task,
     };
     let mut state = start(config, dir, "", &Single, || {
-        training.adapter.initialise(config.run.seed)
+        training.adapter.initial(config)
     })?;
     training.train(&mut state, dir, options)?;
 

@@ -1,5 +1,6 @@
 //! The seed's Table 2: base, GRPO and four-step model side by side.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use nitro_train::config::RunConfig;
 use nitro_train::miniature;
 use nitro_train::trainer::RunOptions;
 use serde::Serialize;
+use serde_json::json;
 
 use super::super::eval::Bench;
 use super::super::failure::{bad_input, say};
@@ -38,13 +40,17 @@ pub(in super::super) struct Table2Args {
     /// Whose pictures the four-step model learns from
     #[arg(long, value_enum, default_value_t = Teacher::Grpo)]
     teacher: Teacher,
-    /// Preference model for a further column: a folder or Hub name, as `nitro train run
+    /// Preference model for a second GRPO run and a further column: a folder or Hub name, as `nitro train run
     /// configs/miniature-preference.yaml` makes one
     #[arg(long, value_name = "MODEL")]
     hps: Option<String>,
     /// Override of the GRPO configuration (repeatable)
     #[arg(long, value_name = "KEY=VALUE")]
     grpo: Vec<String>,
+    /// Override of the configuration that GRPO goes on with, the preference model's score rewarded as well
+    /// (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", requires = "hps")]
+    grpo_hps: Vec<String>,
     /// Override of the distillation's configuration (repeatable)
     #[arg(long, value_name = "KEY=VALUE")]
     distill: Vec<String>,
@@ -229,29 +235,61 @@ fn train(args: &Table2Args, model: &Path) -> anyhow::Result<()> {
         Teacher::Base => "base",
         Teacher::Grpo => "grpo",
     };
-    let distill = vec![
-        set("task.model", &place),
-        set("task.variant", teacher),
-        set("task.pairs.folder", args.runs.join("pairs").display()),
-    ];
-    let runs = [
-        ("grpo", GRPO, vec![set("task.model", &place)], &args.grpo),
-        ("dist", DISTILL, distill, &args.distill),
-    ];
-    for (name, text, mut overrides, more) in runs {
-        let json = std::fs::read(model.join(CARD_FILE)).context("the model's card")?;
-        let card = ModelCard::parse(&json, CARD_FILE)?;
-        if card.variant_names().contains(&name) {
-            continue;
-        }
-        overrides.extend(more.iter().cloned());
-        let config =
-            RunConfig::from_text(text, &format!("the configuration of {name}"), &overrides)?;
-        let dir = args.runs.join(name);
+    let run = |folder: &str, text: &str, overrides: Vec<String>| -> anyhow::Result<()> {
+        let origin = format!("the configuration of {folder}");
+        let config = RunConfig::from_text(text, &origin, &overrides)?;
+        let dir = args.runs.join(folder);
         let work = || miniature::run(&config, &dir, model, &options);
-        interrupt::watched(|| nitro_train::in_pool(work))?;
+        Ok(interrupt::watched(|| nitro_train::in_pool(work))?)
+    };
+    let all = |own: Vec<String>, more: &[String]| [&own[..], more].concat();
+
+    let known = known_variants(model)?;
+    if !known.contains("grpo") {
+        let own = vec![set("task.model", &place)];
+        run("grpo", GRPO, all(own, &args.grpo))?;
+    }
+    // A variant that came from elsewhere is taken as it is; one of ours goes on with both rewards.
+    let first = args.runs.join("grpo");
+    if let Some(hps) = args.hps.as_ref().filter(|_| first.is_dir()) {
+        let mut own = both_rewards(hps);
+        own.push(set("task.model", &place));
+        own.push(set("run.init_from", first.display()));
+        run("grpo-hps", GRPO, all(own, &args.grpo_hps))?;
+    }
+    if !known.contains("dist") {
+        let own = vec![
+            set("task.model", &place),
+            set("task.variant", teacher),
+            set("task.pairs.folder", args.runs.join("pairs").display()),
+        ];
+        run("dist", DISTILL, all(own, &args.distill))?;
     }
     Ok(())
+}
+
+/// How GRPO goes on with the preference model's score beside GenEval's rules, which do not see what is
+/// painted in addition (`docs/post-training.md`).
+fn both_rewards(hps: &str) -> Vec<String> {
+    let hps = json!({ "name": "hps", "weight": 4.0, "scorer": { "kind": "hps", "model": hps } });
+    let rewards = json!([
+        { "name": "geneval", "weight": 1.0, "scorer": { "kind": "judge", "partial": 0.5 } },
+        hps,
+        { "name": "accuracy", "weight": 0.0, "scorer": { "kind": "judge", "partial": 0.0 } },
+    ]);
+    vec![
+        "run.seed=1".into(),
+        "run.max_steps=80".into(),
+        "run.decay_steps=40".into(),
+        format!("task.rewards={rewards}"),
+    ]
+}
+
+/// Names of the variants in a model's card.
+fn known_variants(model: &Path) -> anyhow::Result<BTreeSet<String>> {
+    let json = std::fs::read(model.join(CARD_FILE)).context("the model's card")?;
+    let card = ModelCard::parse(&json, CARD_FILE)?;
+    Ok(card.variants.into_iter().map(|v| v.name).collect())
 }
 
 /// Mean score of a bench folder's pictures, times 100 as HPSv2 gives it.
