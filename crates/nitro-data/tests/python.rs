@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use nitro_data::image::encode_jpeg;
 use nitro_data::mds::order::{Order, Place, Streams, Weight, World};
@@ -126,8 +126,11 @@ fn python_reads_what_is_written_here() {
     }
 }
 
-/// The JSON in the last line that a script printed.
+/// The JSON in the last line that a script printed. One script at a time: the package names its shared memory
+/// by a number that two processes starting together both find free.
 fn run(script: &mut Command) -> Json {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock();
     let output = script.output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{error}");
