@@ -77,7 +77,7 @@ assert events == ["image_edit.partial_image", "image_edit.completed"], events
 same = client.images.generate(
     model=models[0],
     prompt="a red circle",
-    extra_body={"seed": 8, "num_inference_steps": 2, "variant": "base"},
+    extra_body={"seed": 8, "num_inference_steps": 2, "variant": "grpo"},
 )
 assert base64.b64decode(same.data[0].b64_json) == pictures[1]
 raw = client.models.with_raw_response.list()
