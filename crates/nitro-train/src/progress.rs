@@ -68,6 +68,8 @@ impl Meter {
 /// Where a run's numbers go. Ranks other than 0 have a silent one.
 pub(crate) struct Log {
     bar: ProgressBar,
+    /// Lines instead of a bar: standard error is a file or a pipe.
+    plain: bool,
     files: Option<Files>,
 }
 
@@ -87,16 +89,21 @@ impl Log {
         writes: bool,
         quiet: bool,
     ) -> Result<Self, TrainError> {
-        let bar = match quiet || !writes {
+        let silent = quiet || !writes;
+        let bar = match silent {
             true => ProgressBar::hidden(),
             false => progress_bar(config, step),
         };
+        let plain = !silent && bar.is_hidden();
         let files = writes.then(|| Files::open(dir, step)).transpose()?;
-        Ok(Self { bar, files })
+        Ok(Self { bar, plain, files })
     }
 
     pub(crate) fn say(&self, text: impl AsRef<str>) {
-        self.bar.println(text);
+        match self.plain {
+            true => eprintln!("{}", text.as_ref()),
+            false => self.bar.println(text),
+        }
     }
 
     /// Tells what must not be missed, on a terminal or not.
@@ -128,7 +135,13 @@ impl Log {
             self.say(format!("step {}: score {score:.3}", line["step"]));
         }
         if line["images_per_second"].is_number() {
-            self.bar.set_message(message(line));
+            let text = message(line);
+            if self.plain {
+                let left = indicatif::HumanDuration(self.bar.eta());
+                let steps = self.bar.length().unwrap_or_default();
+                self.say(format!("step {}/{steps} {text} eta {left}", line["step"]));
+            }
+            self.bar.set_message(text);
         }
         let Some(files) = &mut self.files else {
             return Ok(());
