@@ -1,5 +1,6 @@
 //! One YAML file describes a run; `key.path=value` on the command line overrides it.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use nitro_models::dcae::DcaeConfig;
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::TrainError;
+use crate::configs;
 pub use crate::data_config::{DataConfig, MdsData, StreamConfig, WeightedStream};
 use crate::distill::DistillTask;
 use crate::grpo::GrpoTask;
@@ -255,25 +257,38 @@ fn one() -> f32 {
 
 impl RunConfig {
     /// Reads `path` and applies `key.path=value` overrides, whose values are YAML.
+    ///
+    /// A path `configs/NAME.yaml` where no file is means the one that comes with the program
+    /// ([`configs::SHIPPED`]), so that the commands of the documentation work in any folder.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, TrainError> {
-        let text = std::fs::read_to_string(path).map_err(|source| TrainError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::from_text(&text, &path.display().to_string(), overrides)
+        let origin = path.display().to_string();
+        match (std::fs::read_to_string(path), configs::by_path(path)) {
+            (Ok(text), _) => Self::from_text(&text, &origin, overrides),
+            (Err(error), Some(text)) if error.kind() == ErrorKind::NotFound => {
+                Self::from_text(text, &origin, overrides)
+            }
+            (Err(source), _) => Err(TrainError::Io {
+                path: path.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    /// Takes `configs/NAME.yaml` as it comes with the program and applies overrides.
+    pub fn shipped(name: &str, overrides: &[String]) -> Result<Self, TrainError> {
+        let origin = format!("configs/{name}.yaml");
+        match configs::by_name(name) {
+            Some(text) => Self::from_text(text, &origin, overrides),
+            None => Err(TrainError::Config {
+                origin,
+                reason: "no such file comes with the program".to_owned(),
+            }),
+        }
     }
 
     /// Reads a configuration's text and applies overrides; `origin` is what messages call it.
     pub fn from_text(text: &str, origin: &str, overrides: &[String]) -> Result<Self, TrainError> {
         Self::parse(text, overrides).map_err(|reason| TrainError::Config {
-            origin: origin.to_owned(),
-            reason,
-        })
-    }
-
-    /// Reads the YAML `text`, which messages call `origin`.
-    pub fn from_yaml(origin: &str, text: &str) -> Result<Self, TrainError> {
-        Self::parse(text, &[]).map_err(|reason| TrainError::Config {
             origin: origin.to_owned(),
             reason,
         })

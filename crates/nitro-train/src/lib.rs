@@ -11,6 +11,7 @@ pub mod autoencoder;
 pub mod checkpoint;
 pub mod comm;
 pub mod config;
+pub mod configs;
 mod data;
 mod data_config;
 pub mod distill;

@@ -20,7 +20,7 @@ use super::suite::Suite;
 const SAMPLES: usize = 2 * LOADED;
 
 /// The official first stage, whose data are read.
-const STAGE_1: &str = include_str!("../../../../configs/emmdit_512train_step1.yaml");
+const STAGE_1: &str = "emmdit_512train_step1";
 
 /// A dataset with all columns of the official pipeline, in a temporary folder.
 pub(super) struct Shards {
@@ -67,12 +67,12 @@ impl Shards {
         let empty = vec![0.0; tokens * model.caption_channels];
         null_text::write_values(folder.path(), &empty, [tokens, model.caption_channels])?;
 
-        let mut config = RunConfig::from_yaml("configs/emmdit_512train_step1.yaml", STAGE_1)?;
+        let mut config = RunConfig::shipped(STAGE_1, &[])?;
         config.run.batch_size = LOADED;
         config.run.sample_every = 0;
         let TaskConfig::Emmdit(task) = &config.task else {
             return Err(BenchError::Train(TrainError::Config {
-                origin: "configs/emmdit_512train_step1.yaml".to_owned(),
+                origin: format!("configs/{STAGE_1}.yaml"),
                 reason: format!("task kind is {}, expected emmdit", config.task.kind()),
             }));
         };

@@ -44,17 +44,17 @@ pub struct TrainingStep {
 }
 
 /// The run whose step is measured: the one without REPA, whose teacher would be measured as well.
-const MINIATURE: &str = include_str!("../../../../configs/miniature-stage2.yaml");
+const MINIATURE: &str = "miniature-stage2";
 /// Pictures in the measured step, which the comparison with other frameworks fixes.
 const MINIATURE_BATCH: usize = 32;
 
 impl Suite {
     /// Nitro-E with its text encoder and autoencoder, and the training step of the miniature.
     pub fn nitro_e() -> Result<Self, TrainError> {
-        let config = RunConfig::from_yaml("configs/miniature-stage2.yaml", MINIATURE)?;
+        let config = RunConfig::shipped(MINIATURE, &[])?;
         let TaskConfig::Emmdit(task) = config.task else {
             return Err(TrainError::Config {
-                origin: "configs/miniature-stage2.yaml".to_owned(),
+                origin: format!("configs/{MINIATURE}.yaml"),
                 reason: format!("task kind is {}, expected emmdit", config.task.kind()),
             });
         };

@@ -12,9 +12,10 @@ use super::failure::{bad_input, say};
 use super::train::CommonArgs;
 
 /// Configurations that serve when no file is named: those of the repository.
-const LORA: &str = include_str!("../../../../configs/lora.yaml");
-pub(super) const GRPO: &str = include_str!("../../../../configs/grpo-miniature.yaml");
-pub(super) const DISTILL: &str = include_str!("../../../../configs/distill-miniature.yaml");
+/// Names of the configurations that are taken if none is given.
+const LORA: &str = "lora";
+pub(super) const GRPO: &str = "grpo-miniature";
+pub(super) const DISTILL: &str = "distill-miniature";
 
 /// Arguments of `nitro train lora`.
 #[derive(Args)]
@@ -74,13 +75,14 @@ impl VariantArgs {
 }
 
 impl RunArgs {
-    /// The configuration: the file's or `builtin`, under `more` overrides and then the user's.
-    fn load(&self, builtin: &str, mut more: Vec<String>) -> anyhow::Result<RunConfig> {
+    /// The configuration: the file's or the shipped one of the name `default`, under `more` overrides and
+    /// then the user's.
+    fn load(&self, default: &str, mut more: Vec<String>) -> anyhow::Result<RunConfig> {
         more.extend(self.model.iter().map(|model| set("task.model", model)));
         more.extend(self.overrides.iter().cloned());
         Ok(match &self.config {
             Some(path) => RunConfig::load(path, &more)?,
-            None => RunConfig::from_text(builtin, "the built-in configuration", &more)?,
+            None => RunConfig::shipped(default, &more)?,
         })
     }
 
@@ -123,11 +125,11 @@ pub(super) fn distill(args: &VariantArgs, options: &RunOptions) -> anyhow::Resul
 
 fn variant(
     args: &VariantArgs,
-    builtin: &str,
+    default: &str,
     name: &str,
     options: &RunOptions,
 ) -> anyhow::Result<()> {
-    let config = args.run.load(builtin, Vec::new())?;
+    let config = args.run.load(default, Vec::new())?;
     let model = serde_json::to_value(&config.task)?["model"].clone();
     let model = model.as_str().unwrap_or_default().to_owned();
     let export = match &args.export {

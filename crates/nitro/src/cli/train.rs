@@ -99,7 +99,7 @@ enum ExportType {
 /// Arguments of `nitro train miniature`.
 #[derive(Args)]
 pub(super) struct MiniatureArgs {
-    /// Folder with the miniature-*.yaml files
+    /// Folder with the miniature-*.yaml files; files that are not there come with the program
     #[arg(long, default_value = "configs", value_name = "DIR")]
     configs: PathBuf,
     /// Folder for the runs' checkpoints, samples and metrics
@@ -117,7 +117,7 @@ pub(super) struct MiniatureArgs {
 #[derive(Args)]
 struct PlanArgs {
     /// Shards of 2048 training pairs
-    #[arg(long, default_value_t = 24, value_name = "N")]
+    #[arg(long, default_value_t = 48, value_name = "N")]
     shards: usize,
     /// Side of the rendered pictures
     #[arg(long, default_value_t = 128, value_name = "PIXELS")]

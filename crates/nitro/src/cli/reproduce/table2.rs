@@ -1,6 +1,5 @@
 //! The seed's Table 2: base, GRPO and four-step model side by side.
 
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -235,29 +234,30 @@ fn train(args: &Table2Args, model: &Path) -> anyhow::Result<()> {
         Teacher::Base => "base",
         Teacher::Grpo => "grpo",
     };
-    let run = |folder: &str, text: &str, overrides: Vec<String>| -> anyhow::Result<()> {
-        let origin = format!("the configuration of {folder}");
-        let config = RunConfig::from_text(text, &origin, &overrides)?;
+    let run = |folder: &str, config: &str, overrides: Vec<String>| -> anyhow::Result<()> {
+        let config = RunConfig::shipped(config, &overrides)?;
         let dir = args.runs.join(folder);
         let work = || miniature::run(&config, &dir, model, &options);
         Ok(interrupt::watched(|| nitro_train::in_pool(work))?)
     };
     let all = |own: Vec<String>, more: &[String]| [&own[..], more].concat();
 
-    let known = known_variants(model)?;
-    if !known.contains("grpo") {
+    let json = std::fs::read(model.join(CARD_FILE)).context("the model's card")?;
+    let card = ModelCard::parse(&json, CARD_FILE)?;
+    let known = card.variant_names();
+    if !known.contains(&"grpo") {
         let own = vec![set("task.model", &place)];
         run("grpo", GRPO, all(own, &args.grpo))?;
     }
     // A variant that came from elsewhere is taken as it is; one of ours goes on with both rewards.
     let first = args.runs.join("grpo");
     if let Some(hps) = args.hps.as_ref().filter(|_| first.is_dir()) {
-        let mut own = both_rewards(hps);
+        let mut own = both_rewards(hps)?;
         own.push(set("task.model", &place));
         own.push(set("run.init_from", first.display()));
         run("grpo-hps", GRPO, all(own, &args.grpo_hps))?;
     }
-    if !known.contains("dist") {
+    if !known.contains(&"dist") {
         let own = vec![
             set("task.model", &place),
             set("task.variant", teacher),
@@ -270,26 +270,20 @@ fn train(args: &Table2Args, model: &Path) -> anyhow::Result<()> {
 
 /// How GRPO goes on with the preference model's score beside GenEval's rules, which do not see what is
 /// painted in addition (`docs/post-training.md`).
-fn both_rewards(hps: &str) -> Vec<String> {
+fn both_rewards(hps: &str) -> anyhow::Result<Vec<String>> {
+    let first = RunConfig::shipped(GRPO, &[])?;
+    let mut rewards = serde_json::to_value(&first.task)?["rewards"].take();
     let hps = json!({ "name": "hps", "weight": 4.0, "scorer": { "kind": "hps", "model": hps } });
-    let rewards = json!([
-        { "name": "geneval", "weight": 1.0, "scorer": { "kind": "judge", "partial": 0.5 } },
-        hps,
-        { "name": "accuracy", "weight": 0.0, "scorer": { "kind": "judge", "partial": 0.0 } },
-    ]);
-    vec![
+    rewards
+        .as_array_mut()
+        .context("the configuration of grpo has no list of rewards")?
+        .push(hps);
+    Ok(vec![
         "run.seed=1".into(),
         "run.max_steps=80".into(),
         "run.decay_steps=40".into(),
         format!("task.rewards={rewards}"),
-    ]
-}
-
-/// Names of the variants in a model's card.
-fn known_variants(model: &Path) -> anyhow::Result<BTreeSet<String>> {
-    let json = std::fs::read(model.join(CARD_FILE)).context("the model's card")?;
-    let card = ModelCard::parse(&json, CARD_FILE)?;
-    Ok(card.variants.into_iter().map(|v| v.name).collect())
+    ])
 }
 
 /// Mean score of a bench folder's pictures, times 100 as HPSv2 gives it.
