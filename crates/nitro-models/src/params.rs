@@ -151,11 +151,11 @@ impl<'a> Params<'a> {
         }
     }
 
-    /// The same position; what is packed comes from `file` where it holds it, and is kept for it where
-    /// it does not.
-    pub fn with_packed(&self, file: &'a PackedFile) -> Self {
+    /// The same position; what is packed comes from `file`, if there is one, where it holds it, and is
+    /// kept for it where it does not.
+    pub fn with_packed(&self, file: Option<&'a PackedFile>) -> Self {
         Self {
-            kept: Some(file),
+            kept: file,
             ..self.clone()
         }
     }

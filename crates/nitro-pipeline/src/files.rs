@@ -112,8 +112,7 @@ impl ModelFile {
     pub fn sha256(&self) -> Result<String, PipelineError> {
         let mut sha256 = Sha256::new();
         self.hash_into(&mut sha256)?;
-        let digest = sha256.finalize();
-        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(&sha256.finalize()))
     }
 
     /// Feeds the content to `sha256` in pieces.
@@ -297,6 +296,11 @@ fn embedded(model: &EmbeddedModel, path: &str) -> Option<&'static [u8]> {
         .iter()
         .find(|(name, _)| *name == path)
         .map(|(_, bytes)| *bytes)
+}
+
+/// Bytes as hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -413,11 +413,9 @@ fn inference<'a>(
     precision: Precision,
     packed: Option<&'a PackedFile>,
 ) -> Params<'a> {
-    let params = Params::new(source, device, precision).for_inference();
-    match packed {
-        Some(file) => params.with_packed(file),
-        None => params,
-    }
+    Params::new(source, device, precision)
+        .for_inference()
+        .with_packed(packed)
 }
 
 /// The text encoder, for texts only.

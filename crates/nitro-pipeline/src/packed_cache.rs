@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::PipelineError;
 use crate::cache_folder::{self, Kind};
-use crate::files::ModelFile;
+use crate::files::{ModelFile, hex};
 
 /// Bytes of all files: the full-size model takes 3 GB in bf16, 2 GB in int8.
 const DISK: u64 = 8 << 30;
@@ -119,11 +119,7 @@ impl PackedCache {
         if bytes < self.smallest {
             return None;
         }
-        let digest = Sha256::digest(key.as_bytes());
-        let hash: String = digest[..HASH / 2]
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect();
+        let hash = hex(&Sha256::digest(key.as_bytes())[..HASH / 2]);
         let name = format!("{part}-{}-{hash}.safetensors", precision.name());
         Some(PackedFile::open(folder.join(name), &key))
     }
@@ -152,10 +148,7 @@ fn describe(path: &Path, scale: f64, key: &mut String) -> io::Result<u64> {
     (&file).take(HEAD).read_to_end(&mut ends)?;
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
     file.take(TAIL).read_to_end(&mut ends)?;
-    let hash: String = Sha256::digest(&ends)[..16]
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect();
+    let hash = hex(&Sha256::digest(&ends)[..16]);
     // Writing to a string does not fail.
     let _ = write!(
         key,

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::PipelineError;
 use crate::caption::preprocess;
 use crate::card::Variant;
-use crate::files::{ModelFile, ModelLocation};
+use crate::files::{ModelFile, ModelLocation, hex};
 use crate::load::{PipelineBuilder, load_decoder, load_encoder, load_text_encoder};
 use crate::packed_cache::PackedCache;
 use crate::part::Part;
@@ -102,11 +102,7 @@ impl Pipeline {
             file.hash_into(&mut sha256)?;
             sha256.update(scale.to_le_bytes());
         }
-        Ok(sha256
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect())
+        Ok(hex(&sha256.finalize()))
     }
 
     /// The denoiser.

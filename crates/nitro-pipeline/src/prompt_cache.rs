@@ -17,7 +17,7 @@ use nitro_kernels::isa::{Isa, Precision};
 use sha2::{Digest, Sha256};
 
 use crate::cache_folder::{self, Kind};
-use crate::files::ModelFile;
+use crate::files::{ModelFile, hex};
 use crate::tokenizer::Tokens;
 
 /// Bytes of features kept in memory unless a builder says otherwise: about 60 prompts of the full-size
@@ -161,8 +161,7 @@ impl PromptCache {
     }
 
     fn path(&self, key: &Key) -> Option<PathBuf> {
-        let name: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
-        Some(self.folder.as_ref()?.join(name))
+        Some(self.folder.as_ref()?.join(hex(key)))
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {

@@ -55,8 +55,8 @@ fn ramp<const D: usize>(shape: [usize; D]) -> Tensor<D> {
 /// how many matrices were read to make them.
 fn outputs(file: Option<&PackedFile>, precision: Precision) -> (Vec<u32>, usize) {
     let source = Counting::default();
-    let params = Params::new(&source, &Device::flex(), precision).for_inference();
-    let params = file.map_or(params.clone(), |file| params.with_packed(file));
+    let params = Params::new(&source, &Device::flex(), precision);
+    let params = params.for_inference().with_packed(file);
     let emmdit = Emmdit::new(&emmdit_config(), &params.sub("transformer")).unwrap();
     let decoder = Decoder::new(&DcaeConfig::miniature(), &params).unwrap();
     let velocity = emmdit.forward(ramp([1, 4, 8, 8]), ramp([1, 5, 6]), &[300.0]);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::config::CommonConfig;
 use crate::grpo::EvalConfig;
 use crate::prompts::PromptConfig;
 use crate::rewards::RewardConfig;
@@ -141,13 +142,19 @@ pub struct DiscriminatorConfig {
 
 impl DistillTask {
     /// Says what does not fit together.
-    pub(crate) fn check(&self, blocks: usize) -> Result<(), TrainError> {
+    pub(crate) fn check(&self, run: &CommonConfig, blocks: usize) -> Result<(), TrainError> {
         let fail = |reason: String| {
             Err(TrainError::Config {
                 origin: "distill".into(),
                 reason,
             })
         };
+        if let Some(path) = &run.init_from {
+            return fail(format!(
+                "run.init_from is {}: a student starts as its teacher (`task.model`, `task.variant`); leave it out",
+                path.display()
+            ));
+        }
         let pairs = &self.pairs;
         if self.steps == 0 || pairs.shards * pairs.shard_size == 0 || pairs.batch == 0 {
             return fail("steps, pairs.shards, pairs.shard_size and pairs.batch start at 1".into());

@@ -65,14 +65,7 @@ pub fn run(
     }
     let run = &config.run;
     let frozen = Frozen::open(&task.model, Some(&task.variant), run.precision.into())?;
-    task.check(frozen.config.blocks())?;
-    if let Some(path) = &run.init_from {
-        return Err(TrainError::Config {
-            origin: format!("run.init_from: {}", path.display()),
-            reason: "a student starts as its teacher (`task.model`, `task.variant`); leave it out"
-                .into(),
-        });
-    }
+    task.check(run, frozen.config.blocks())?;
     let prompts = Prompts::open(&task.prompts)?;
     let bar = pairs_bar(&task.pairs, options.quiet);
     let stop = || options.stop.is_some_and(|s| s.load(Ordering::Relaxed));

@@ -202,8 +202,8 @@ impl<'a> Models<'a> {
     ) -> Result<(Duration, usize), BenchError> {
         let source = Formula::new();
         // As the pipeline loads them.
-        let params = Params::new(&source, &self.device, self.precision).for_inference();
-        let params = packed.map_or(params.clone(), |file| params.with_packed(file));
+        let params = Params::new(&source, &self.device, self.precision);
+        let params = params.for_inference().with_packed(packed);
         let begun = Instant::now();
         match part {
             Part::Emmdit => self.emmdit = Some(Emmdit::new(&self.suite.emmdit, &params)?),

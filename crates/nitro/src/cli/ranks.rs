@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::failure::bad_input;
+use super::interrupt;
 
 static COMM: OnceLock<Arc<dyn Comm>> = OnceLock::new();
 
@@ -69,7 +70,8 @@ pub(super) fn abort(code: u8) {
 }
 
 /// Shares `todo` out in rounds of `each` things for every process. `work` does this process's part of
-/// a round; `keep` gets what all of them made of it, in order, and how many things are done.
+/// a round; the first process's `keep` gets what all of them made of it, in order, and how many things are
+/// done. Ctrl-C ends it between two rounds.
 ///
 /// All processes must have the same things to do.
 pub(super) fn rounds<T, R: Serialize + DeserializeOwned>(
@@ -79,21 +81,28 @@ pub(super) fn rounds<T, R: Serialize + DeserializeOwned>(
     mut keep: impl FnMut(Vec<R>, usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let comm = comm();
-    let mut done = 0;
-    for round in todo.chunks(each * comm.size()) {
-        let mine = work(&round[nitro_comm::part(&*comm, round.len())])?;
-        done += round.len();
-        let all = match comm.size() {
-            1 => mine,
-            _ => {
-                let mut all = Vec::with_capacity(round.len());
-                for part in comm.gather(&serde_json::to_vec(&mine)?)? {
-                    all.extend(serde_json::from_slice::<Vec<R>>(&part)?);
-                }
-                all
+    let (mut done, total) = (0, todo.len());
+    interrupt::watched(|| {
+        for round in todo.chunks(each * comm.size()) {
+            if interrupt::check().is_break() {
+                return Err(nitro::PipelineError::Cancelled { done, total }.into());
             }
-        };
-        keep(all, done)?;
-    }
-    Ok(())
+            let mine = work(&round[nitro_comm::part(&*comm, round.len())])?;
+            done += round.len();
+            let all = match comm.size() {
+                1 => mine,
+                _ => {
+                    let mut all = Vec::with_capacity(round.len());
+                    for part in comm.gather(&serde_json::to_vec(&mine)?)? {
+                        all.extend(serde_json::from_slice::<Vec<R>>(&part)?);
+                    }
+                    all
+                }
+            };
+            if is_first() {
+                keep(all, done)?;
+            }
+        }
+        Ok(())
+    })
 }

@@ -18,7 +18,7 @@ use super::super::interrupt;
 use super::super::progress::Progress;
 use super::super::ranks;
 use super::pictures::{PictureArgs, Wanted};
-use super::scorer_args::{ScorerArgs, open, stop_if_asked};
+use super::scorer_args::{ScorerArgs, open};
 
 /// Arguments of `nitro eval geneval`.
 #[derive(Args)]
@@ -120,10 +120,7 @@ impl GenEvalArgs {
         folders.retain(|folder| asked(&folder.metadata.to_json()));
         let open: Vec<Open<'_>> = folders.iter().map(|f| Open::of(f, &results)).collect();
         progress.count("judging", open.len() as u64);
-        let mut rounds = 0;
         let work = |some: &[Open<'_>]| {
-            stop_if_asked(open.len().min(rounds * ranks::comm().size()), open.len())?;
-            rounds += 1;
             some.iter()
                 .map(|open| open.judge(&mut judge, &settings))
                 .collect()
@@ -132,14 +129,14 @@ impl GenEvalArgs {
             progress.set(done as u64);
             for new in new {
                 for (results, records) in results.iter_mut().zip(new) {
-                    if ranks::is_first() && !records.is_empty() {
+                    if !records.is_empty() {
                         results.add(records)?;
                     }
                 }
             }
             Ok(())
         };
-        interrupt::watched(|| ranks::rounds(&open, 1, work, keep))?;
+        ranks::rounds(&open, 1, work, keep)?;
         if !ranks::is_first() {
             return Ok(None);
         }

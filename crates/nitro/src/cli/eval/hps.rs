@@ -17,7 +17,7 @@ use super::super::interrupt;
 use super::super::progress::Progress;
 use super::super::ranks;
 use super::pictures::{PictureArgs, Wanted};
-use super::scorer_args::{PairArgs, ScorerArgs, open, stop_if_asked};
+use super::scorer_args::{PairArgs, ScorerArgs, open};
 
 /// Pictures scored together, and written to the results together.
 const TOGETHER: usize = 8;
@@ -172,12 +172,8 @@ impl HpsArgs {
                 }
             }
         }
-        let total = todo.len();
-        progress.count("scoring", total as u64);
-        let mut done = 0;
+        progress.count("scoring", todo.len() as u64);
         let work = |some: &[(&Style, usize, &String)]| {
-            stop_if_asked(done, total)?;
-            done = total.min(done + ranks::comm().size() * TOGETHER);
             let mut loaded: Vec<RgbImage> = Vec::new();
             for (style, index, _) in some {
                 let file = picture(images, &style.name, *index).ok_or_else(|| {
@@ -203,11 +199,8 @@ impl HpsArgs {
         };
         let keep = |new: Vec<Record>, done: usize| {
             progress.set(done as u64);
-            match ranks::is_first() {
-                true => Ok(records.add(new, |a, b| a.style == b.style && a.index == b.index)?),
-                false => Ok(()),
-            }
+            Ok(records.add(new, |a, b| a.style == b.style && a.index == b.index)?)
         };
-        interrupt::watched(|| ranks::rounds(&todo, TOGETHER, work, keep))
+        ranks::rounds(&todo, TOGETHER, work, keep)
     }
 }

@@ -16,7 +16,7 @@ use super::super::interrupt;
 use super::super::progress::Progress;
 use super::super::ranks;
 use super::pictures::{PictureArgs, Wanted};
-use super::scorer_args::{PairArgs, ScorerArgs, open, stop_if_asked};
+use super::scorer_args::{PairArgs, ScorerArgs, open};
 
 /// Arguments of `nitro eval image-reward`.
 #[derive(Args)]
@@ -172,7 +172,6 @@ impl ImageRewardArgs {
         };
         let todo: Vec<&Prompt> = prompts.iter().filter(|p| !known(p, lines)).collect();
         progress.count("scoring", todo.len() as u64);
-        let mut rounds = 0;
         let judge = |prompt: &&Prompt| {
             let files = (0..self.count()).map(|k| picture(images, &prompt.id, k));
             let loaded: Vec<RgbImage> = files.map(|file| open(&file)).collect::<Result<_, _>>()?;
@@ -182,18 +181,11 @@ impl ImageRewardArgs {
                 .collect();
             Ok(Record::new(prompt, scorer.score(&pairs)?))
         };
-        let work = |some: &[&Prompt]| {
-            stop_if_asked(todo.len().min(rounds * ranks::comm().size()), todo.len())?;
-            rounds += 1;
-            some.iter().map(judge).collect()
-        };
+        let work = |some: &[&Prompt]| some.iter().map(judge).collect();
         let keep = |new: Vec<Record>, done: usize| {
             progress.set(done as u64);
-            match ranks::is_first() {
-                true => Ok(lines.add(new, |a, b| a.id == b.id)?),
-                false => Ok(()),
-            }
+            Ok(lines.add(new, |a, b| a.id == b.id)?)
         };
-        interrupt::watched(|| ranks::rounds(&todo, 1, work, keep))
+        ranks::rounds(&todo, 1, work, keep)
     }
 }

@@ -10,7 +10,6 @@ use nitro_eval::scorers::ScorerFiles;
 use nitro_ops::Precision;
 
 use super::super::failure::{bad_input, say};
-use super::super::interrupt;
 use super::super::model_args::LocationArgs;
 
 /// How scorers compute products.
@@ -96,15 +95,5 @@ pub(super) fn open(path: &Path) -> anyhow::Result<RgbImage> {
             "cannot read picture {}: {e}",
             path.display()
         ))),
-    }
-}
-
-/// Ends a run between two prompts once Ctrl-C was pressed.
-pub(super) fn stop_if_asked(done: usize, total: usize) -> anyhow::Result<()> {
-    match interrupt::check() {
-        std::ops::ControlFlow::Continue(()) => Ok(()),
-        std::ops::ControlFlow::Break(()) => {
-            Err(nitro::PipelineError::Cancelled { done, total }.into())
-        }
     }
 }
