@@ -228,6 +228,8 @@ fn progress_bar(config: &CommonConfig, position: u64) -> ProgressBar {
     if let Ok(style) = ProgressStyle::with_template("{bar:16} {pos}/{len} {wide_msg} eta {eta}") {
         bar.set_style(style);
     }
+    // The estimate starts here: without the tick it would count the steps of earlier starts.
+    bar.tick();
     bar.reset_eta();
     bar
 }

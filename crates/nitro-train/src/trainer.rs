@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
+use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
 use nitro_data::mds::Damage;
@@ -194,6 +194,27 @@ pub fn train<T: Task>(
     })
 }
 
+/// The next batch; nothing once the data thread has ended.
+///
+/// A run waits on a thread of the pool, whose work the data thread needs too: blocked, a pool of one
+/// thread would never give it. So the wait takes part in the work.
+fn receive<B>(batches: &Receiver<B>) -> Option<B> {
+    loop {
+        match batches.try_recv() {
+            Ok(batch) => return Some(batch),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => {}
+        }
+        if rayon::yield_now() != Some(rayon::Yield::Executed) {
+            match batches.recv_timeout(Duration::from_micros(100)) {
+                Ok(batch) => return Some(batch),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
+
 /// A run in progress.
 struct Run<'a, T: Task> {
     task: &'a T,
@@ -312,7 +333,7 @@ impl<T: Task> Run<'_, T> {
         let mut numbers = vec![f64::from(u8::from(asked))];
         for part in 0..common.accumulate {
             let waited = Instant::now();
-            let batch = self.batches.recv().map_err(|_| TrainError::DataThread)??;
+            let batch = receive(&self.batches).ok_or(TrainError::DataThread)??;
             self.meter.wait(waited.elapsed());
             let precision = common.precision.into();
             let measured = self.task.gradients(&self.state.store, precision, batch)?;

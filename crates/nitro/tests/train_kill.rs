@@ -1,5 +1,5 @@
-//! `nitro train run` killed again and again at random moments ends with the same bits as a run that
-//! was left alone.
+//! `nitro train run` as a process: killed again and again at random moments it ends with the same bits
+//! as a run that was left alone, and one thread is enough for it.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -91,4 +91,22 @@ fn a_killed_run_ends_as_if_it_had_not_been() {
         lines.collect::<Vec<_>>()
     };
     assert_eq!(log(&killed), log(&alone), "every step is logged once");
+}
+
+#[test]
+fn one_thread_reads_and_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = train(folder.path())
+        .env("RAYON_NUM_THREADS", "1")
+        .spawn()
+        .unwrap();
+    // Hours of patience would not help one that waits for itself.
+    for _ in 0..600 {
+        if let Some(status) = child.try_wait().unwrap() {
+            return assert!(status.success(), "{status}");
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    child.kill().unwrap();
+    panic!("a run on one thread does not end");
 }
