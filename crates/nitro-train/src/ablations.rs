@@ -12,8 +12,9 @@ use serde_json::Value;
 
 use crate::TrainError;
 use crate::config::{EmmditTask, RunConfig, TaskConfig};
-use crate::emmdit::EmmditTraining;
+use crate::emmdit::{BenchScores, EmmditTraining};
 use crate::files::{write_json, write_whole};
+use crate::store::ParameterStore;
 use crate::trainer::{RunOptions, train};
 
 /// Prompts of the score: the whole bench, since arms differ by little.
@@ -83,6 +84,8 @@ pub struct Outcome {
     pub loss: f64,
     /// Share of the bench's pictures right, by the averaged weights at the end.
     pub score: f64,
+    /// The same with partly right pictures counted in part: short runs differ here first.
+    pub credit: f64,
     /// Parameters of the model without projectors.
     pub parameters: usize,
     /// Image tokens that the blocks of the three groups see.
@@ -103,7 +106,6 @@ pub fn configure(base: &RunConfig, arm: &Arm, steps: u64) -> Result<RunConfig, T
         });
     };
     (arm.apply)(task);
-    task.score_prompts = SCORED;
     let run = &mut config.run;
     run.max_steps = steps;
     // A learning rate that falls to zero shows what a short run has learnt.
@@ -113,14 +115,15 @@ pub fn configure(base: &RunConfig, arm: &Arm, steps: u64) -> Result<RunConfig, T
     run.save_every = (steps / 10).max(1);
     run.keep = 1;
     run.sample_every = steps;
-    run.score_every = steps;
+    run.score_every = 0; // scored at the end, see `score`
     Ok(config)
 }
 
-/// Runs every arm in a folder of its own below `runs` and writes `ablations.md` and
+/// Runs `arms`, each in a folder of its own below `runs`, and writes `ablations.md` and
 /// `ablations.json` there after each; returns the table.
 pub fn run(
     base: &RunConfig,
+    arms: &[Arm],
     steps: u64,
     runs: &Path,
     options: &RunOptions,
@@ -128,20 +131,17 @@ pub fn run(
 ) -> Result<String, TrainError> {
     let mut outcomes = Vec::new();
     let mut table = String::new();
-    for arm in &ARMS {
+    for arm in arms {
         tell(arm);
         let config = configure(base, arm, steps)?;
         let TaskConfig::Emmdit(task) = &config.task else {
             continue; // `configure` has refused it
         };
         let dir = runs.join(arm.name);
-        train(
-            &EmmditTraining::new(&config.run, task)?,
-            &config,
-            &dir,
-            options,
-        )?;
-        outcomes.push(outcome(arm, &config, task, &dir)?);
+        let training = EmmditTraining::new(&config.run, task)?;
+        let store = train(&training, &config, &dir, options)?;
+        let scores = score(&training, &store, steps, &dir)?;
+        outcomes.push(outcome(arm, &config, task, scores, &dir)?);
         table = markdown(&outcomes, &config);
         write_json(&runs.join("ablations.json"), &outcomes)?;
         write_whole(&runs.join("ablations.md"), table.as_bytes())?;
@@ -149,10 +149,32 @@ pub fn run(
     Ok(table)
 }
 
+/// The scores of the averaged weights after `steps` steps, kept in the run's folder.
+fn score(
+    training: &EmmditTraining<'_>,
+    store: &ParameterStore,
+    steps: u64,
+    dir: &Path,
+) -> Result<BenchScores, TrainError> {
+    let path = dir.join(format!("scores-{steps:08}.json"));
+    let kept = std::fs::read(&path).ok();
+    if let Some(scores) = kept.and_then(|json| serde_json::from_slice(&json).ok()) {
+        return Ok(scores);
+    }
+    let scores = training.bench_scores(&store.averaged(), SCORED)?;
+    let scores = scores.ok_or_else(|| TrainError::Config {
+        origin: "ablations".into(),
+        reason: "the shapes bench is empty".into(),
+    })?;
+    write_json(&path, &scores)?;
+    Ok(scores)
+}
+
 fn outcome(
     arm: &Arm,
     config: &RunConfig,
     task: &EmmditTask,
+    scores: BenchScores,
     dir: &Path,
 ) -> Result<Outcome, TrainError> {
     let path = dir.join("metrics.jsonl");
@@ -186,7 +208,6 @@ fn outcome(
     let speed = speeds
         .get(speeds.len() / 2)
         .ok_or_else(|| missing("speed"))?;
-    let score = numbers("score", steps - 1).pop();
     let plain = EmmditConfig {
         repa: None,
         ..task.model.clone()
@@ -197,7 +218,8 @@ fn outcome(
             0 => return Err(missing("loss")),
             n => late.iter().sum::<f64>() / n as f64,
         },
-        score: score.ok_or_else(|| missing("score"))?,
+        score: scores.right,
+        credit: scores.credit,
         parameters: plain
             .parameter_counts()
             .iter()
@@ -215,9 +237,10 @@ fn markdown(outcomes: &[Outcome], config: &RunConfig) -> String {
         "# The paper's choices, one left out at a time\n\n\
          Every arm: {} steps of {} pictures, seed {}, learning rate {}, the same data. Loss is the \
          flow-matching loss over the last tenth of the run; score is the share of pictures right on \
-         prompts of the shapes bench (one picture each), by the averaged weights at the end.\n\n\
-         | changed | loss | score | parameters | tokens per group | GFLOP | ms a step | the paper |\n\
-         | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+         {SCORED} prompts of the shapes bench (one picture each), by the averaged weights at the end; partly right \
+         counts what is right in the others as well.\n\n\
+         | changed | loss | score | partly right | parameters | tokens per group | GFLOP | ms a step | the paper |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
         run.max_steps, run.batch_size, run.seed, run.optimizer.lr
     );
     for outcome in outcomes {
@@ -226,9 +249,10 @@ fn markdown(outcomes: &[Outcome], config: &RunConfig) -> String {
         let [a, b, c] = outcome.tokens;
         let _ = writeln!(
             text,
-            "| {change} | {:.4} | {:.3} | {:.2}M | {a} / {b} / {c} | {:.2} | {:.0} | {paper} |",
+            "| {change} | {:.4} | {:.3} | {:.3} | {:.2}M | {a} / {b} / {c} | {:.2} | {:.0} | {paper} |",
             outcome.loss,
             outcome.score,
+            outcome.credit,
             outcome.parameters as f64 / 1e6,
             outcome.gflop,
             outcome.step_ms,

@@ -39,7 +39,7 @@ use crate::repa::Teacher;
 use crate::store::ParameterStore;
 use crate::trainer::{Losses, Measured, Task, whole_gradients};
 
-pub(crate) use self::watch::{GUIDANCE, STEPS};
+pub(crate) use self::watch::{BenchScores, GUIDANCE, STEPS};
 
 /// An E-MMDiT, its data, and the frozen parts around it.
 pub struct EmmditTraining<'a> {
@@ -410,7 +410,8 @@ impl Task for EmmditTraining<'_> {
     }
 
     fn score(&self, averaged: &TensorMap) -> Result<Option<f64>, TrainError> {
-        self.shapes_score(averaged)
+        let scores = self.bench_scores(averaged, self.task.score_prompts)?;
+        Ok(scores.map(|scores| scores.right))
     }
 
     fn damage(&self) -> Vec<Damage> {

@@ -3,17 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
+use image::RgbImage;
 use nitro_diffusion::guidance;
 use nitro_diffusion::noise::NoiseKind;
 use nitro_diffusion::sampler::Euler;
-use nitro_eval::shapes::{score_image, shapes_bench};
+use nitro_eval::shapes::shapes_bench;
 use nitro_models::emmdit::Emmdit;
 use nitro_models::{Params, TensorMap};
 use nitro_ops::Precision;
+use serde::{Deserialize, Serialize};
 
 use super::EmmditTraining;
 use crate::TrainError;
 use crate::pictures::{sample_path, to_bytes, write_grid};
+use crate::rewards::{JudgeScorer, Sample, Scorer};
 
 /// Pictures made at once for a score.
 const TOGETHER: usize = 20;
@@ -21,6 +24,15 @@ const TOGETHER: usize = 20;
 pub(crate) const STEPS: usize = 20;
 /// Guidance scale, likewise.
 pub(crate) const GUIDANCE: f32 = 4.5;
+
+/// What the judge says of pictures of the shapes bench, means from 0 to 1.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct BenchScores {
+    /// The share that is right: the bench's own score.
+    pub(crate) right: f64,
+    /// Partly right pictures counted in part ([`JudgeScorer`]), which tells weak models apart.
+    pub(crate) credit: f64,
+}
 
 impl EmmditTraining<'_> {
     /// Pictures `[prompts, 3, side, side]` that the averaged weights make, one per prompt and seed.
@@ -78,31 +90,48 @@ impl EmmditTraining<'_> {
         Ok(path)
     }
 
-    /// The share of pictures right, of some prompts of the shapes bench spread over its tasks.
-    pub(super) fn shapes_score(&self, averaged: &TensorMap) -> Result<Option<f64>, TrainError> {
+    /// How right pictures of `count` prompts of the shapes bench are, spread over its tasks; `None` for
+    /// no prompts.
+    pub(crate) fn bench_scores(
+        &self,
+        averaged: &TensorMap,
+        count: usize,
+    ) -> Result<Option<BenchScores>, TrainError> {
         let bench = shapes_bench();
-        let count = self.task.score_prompts.min(bench.len());
+        let count = count.min(bench.len());
         if count == 0 {
             return Ok(None);
         }
         let chosen: Vec<_> = (0..count)
             .map(|i| &bench[i * bench.len() / count])
             .collect();
-        let mut correct = 0;
+        let mut sums = [0.0; 2];
         for group in chosen.chunks(TOGETHER) {
             let prompts: Vec<&str> = group.iter().map(|prompt| prompt.prompt()).collect();
             // Seed 0 for each, as the bench's first picture of a prompt has.
             let pictures = self.pictures(averaged, &prompts, &vec![0; group.len()])?;
-            let [_, _, height, width] = pictures.dims();
-            for (prompt, rgb) in group.iter().zip(to_bytes(pictures)) {
-                let judged = score_image(prompt, "a sample", &rgb, width, height);
-                let judged = judged.map_err(|error| TrainError::Config {
+            let [_, _, height, width] = pictures.dims().map(|n| n as u32);
+            let pictures: Vec<RgbImage> = to_bytes(pictures)
+                .into_iter()
+                .filter_map(|rgb| RgbImage::from_raw(width, height, rgb))
+                .collect();
+            let samples = group.iter().zip(&pictures);
+            let samples: Vec<Sample<'_>> = samples
+                .map(|(prompt, picture)| Sample {
+                    metadata: &prompt.metadata,
+                    picture,
+                })
+                .collect();
+            for (sum, partial) in sums.iter_mut().zip([0.0, 1.0]) {
+                let scores = JudgeScorer { partial }.score(&samples);
+                let scores = scores.map_err(|reason| TrainError::Config {
                     origin: "the score".into(),
-                    reason: error.to_string(),
+                    reason,
                 })?;
-                correct += usize::from(judged.correct);
+                *sum += scores.iter().sum::<f64>();
             }
         }
-        Ok(Some(correct as f64 / count as f64))
+        let [right, credit] = sums.map(|sum| sum / count as f64);
+        Ok(Some(BenchScores { right, credit }))
     }
 }

@@ -26,6 +26,10 @@ pub(in crate::cli) struct AblationsArgs {
     /// Steps of each arm
     #[arg(long, default_value_t = 6000, value_name = "N")]
     steps: u64,
+    /// Only this arm (repeatable): the others' runs may go on elsewhere, and the command without it makes the
+    /// table of all
+    #[arg(long, value_name = "NAME", value_parser = ablations::ARMS.map(|arm| arm.name))]
+    arm: Vec<String>,
     /// Folder for the arms' runs, ablations.md and ablations.json
     #[arg(long, default_value = "runs/ablations", value_name = "DIR")]
     out: PathBuf,
@@ -48,10 +52,14 @@ pub(super) fn run(args: &AblationsArgs) -> anyhow::Result<()> {
             eprintln!("{}: changed: {}", arm.name, arm.change);
         }
     };
+    let wanted =
+        |arm: &ablations::Arm| args.arm.is_empty() || args.arm.iter().any(|a| a == arm.name);
+    let mut arms = ablations::ARMS.to_vec();
+    arms.retain(wanted);
     let work = || -> anyhow::Result<String> {
         let base = RunConfig::load(&args.config, &args.overrides)?;
         Ok(ablations::run(
-            &base, args.steps, &args.out, &options, tell,
+            &base, &arms, args.steps, &args.out, &options, tell,
         )?)
     };
     let table = interrupt::watched(|| nitro_train::in_pool(work))?;
