@@ -163,13 +163,18 @@ pub fn train<T: Task>(
         }
     ));
     let first = state.step;
+    let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (send, batches) = sync_channel(AHEAD);
+        let ended = &ended;
         scope.spawn(move || {
             for step in first..common.max_steps {
                 for part in 0..common.accumulate {
+                    if ended.load(Ordering::Relaxed) {
+                        return;
+                    }
                     let share = comm::share(comm, common.batch_size, part, common.accumulate);
-                    // The run may have ended before all was read.
+                    // The run may have panicked.
                     if send.send(task.batch(step, share)).is_err() {
                         return;
                     }
@@ -189,6 +194,8 @@ pub fn train<T: Task>(
             told: BTreeSet::new(),
         };
         let whole = run.go();
+        ended.store(true, Ordering::Relaxed);
+        while receive(&run.batches).is_some() {}
         run.log.finish(whole.is_ok());
         whole.map(|()| run.state.store)
     })
@@ -196,8 +203,8 @@ pub fn train<T: Task>(
 
 /// The next batch; nothing once the data thread has ended.
 ///
-/// A run waits on a thread of the pool, whose work the data thread needs too: blocked, a pool of one
-/// thread would never give it. So the wait takes part in the work.
+/// A run waits on a thread of the pool, which the data thread hands work to: blocked, a pool of one
+/// thread would never do it. So the wait takes part in the work.
 fn receive<B>(batches: &Receiver<B>) -> Option<B> {
     loop {
         match batches.try_recv() {

@@ -2,7 +2,7 @@
 //! as a run that was left alone, and one thread is enough for it.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A run of a tiny autoencoder in `dir`.
@@ -93,20 +93,37 @@ fn a_killed_run_ends_as_if_it_had_not_been() {
     assert_eq!(log(&killed), log(&alone), "every step is logged once");
 }
 
-#[test]
-fn one_thread_reads_and_trains() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut child = train(folder.path())
-        .env("RAYON_NUM_THREADS", "1")
-        .spawn()
-        .unwrap();
-    // Hours of patience would not help one that waits for itself.
+/// Waits until `child` ends; hours of patience would not help one that waits for itself.
+fn ends(mut child: Child) -> ExitStatus {
     for _ in 0..600 {
         if let Some(status) = child.try_wait().unwrap() {
-            return assert!(status.success(), "{status}");
+            return status;
         }
         std::thread::sleep(Duration::from_millis(500));
     }
     child.kill().unwrap();
     panic!("a run on one thread does not end");
+}
+
+#[test]
+fn one_thread_trains_and_stops_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = |name: &str| {
+        let mut command = train(&folder.path().join(name));
+        command.env("RAYON_NUM_THREADS", "1");
+        command
+    };
+    let status = ends(one("whole").spawn().unwrap());
+    assert!(status.success(), "{status}");
+
+    let child = one("stopped").arg("run.max_steps=1000000").spawn().unwrap();
+    let first = folder.path().join("stopped/checkpoints");
+    while !std::fs::read_dir(&first).is_ok_and(|mut files| files.next().is_some()) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let signal = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(signal.unwrap().success());
+    assert_eq!(ends(child).code(), Some(130));
 }

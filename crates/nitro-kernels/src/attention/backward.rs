@@ -2,15 +2,14 @@
 
 use super::layout::{Rows, gather, prefetch, scatter};
 use super::{
-    AttentionConfig, Problem, Segment, SegmentGrads, Unit, Workspace, block_rows, rows, slice_of,
-    starts, starts_of, workspace_len,
+    AttentionConfig, Inputs, Problem, Segment, SegmentGrads, Unit, Workspace, block_rows, rows,
+    starts_of, workspace_len,
 };
 use crate::error::{KernelError, check_eq};
 use crate::pool::{Scratch, SharedPtr};
 use crate::simd::Level;
 use crate::tile::{Left, Out, Right, Size, Start, multiply, pack_transposed};
 use std::f32::consts::{LN_2, LOG2_E};
-use std::ops::Range;
 
 pub(super) fn run(
     level: Level,
@@ -64,9 +63,7 @@ pub(super) fn run(
     let unit = Backward {
         level,
         problem: &problem,
-        q: segments.iter().map(|s| s.q).collect(),
-        k: segments.iter().map(|s| s.k).collect(),
-        v: segments.iter().map(|s| s.v).collect(),
+        inputs: Inputs::of(segments),
         outs,
         douts,
         lse,
@@ -90,9 +87,7 @@ pub(super) fn run(
 struct Backward<'a> {
     level: Level,
     problem: &'a Problem<'a>,
-    q: Vec<&'a [f32]>,
-    k: Vec<&'a [f32]>,
-    v: Vec<&'a [f32]>,
+    inputs: Inputs<'a>,
     outs: &'a [&'a [f32]],
     douts: &'a [&'a [f32]],
     lse: &'a [f32],
@@ -160,9 +155,9 @@ impl Backward<'_> {
         };
         // `key` serves as the unpacked values first.
         key[keys.len() * padded..].fill(0.0);
-        gather(level, &self.v, &kv_rows, dim, 1.0, key, padded);
+        gather(level, &self.inputs.v, &kv_rows, dim, 1.0, key, padded);
         pack_transposed(level, padded, key, packed_values);
-        gather(level, &self.k, &kv_rows, dim, 1.0, key, padded);
+        gather(level, &self.inputs.k, &kv_rows, dim, 1.0, key, padded);
         pack_transposed(level, padded, key, packed_keys);
         problem.fill_bias(sample, keys, bias);
         dkey.fill(0.0);
@@ -185,7 +180,7 @@ impl Backward<'_> {
                 };
                 gather(
                     level,
-                    &self.q,
+                    &self.inputs.q,
                     &q_rows,
                     dim,
                     cfg.scale * LOG2_E,
@@ -206,11 +201,7 @@ impl Backward<'_> {
                         value * LOG2_E
                     };
                 }
-                let (seen, first_limit) = if cfg.causal {
-                    ((first + m).next_multiple_of(lanes), first + 1)
-                } else {
-                    (width, usize::MAX)
-                };
+                let (seen, first_limit) = problem.seen(first, m, lanes, width);
                 let real = seen.min(keys.len());
                 let by_key = Size {
                     m,
@@ -241,7 +232,8 @@ impl Backward<'_> {
                 );
                 let (p, ds) = (&mut scores[..m * seen], &mut dscores[..m * seen]);
                 if let Some(next) = next.filter(|_| i == 0) {
-                    self.prefetch_inputs(next, first..first + m);
+                    let more = [self.outs, self.douts];
+                    self.inputs.prefetch(problem, &more, next, first..first + m);
                 }
                 rows::score_gradients(level, p, ds, seen, first_limit, &lse[..m], &delta[..m]);
                 // dV += P^T dO and dK += dS^T Q, reading P and dS by columns.
@@ -296,29 +288,5 @@ impl Backward<'_> {
             scatter(level, &self.dk, &kv_rows, dim, &[LN_2], dkey, padded);
             scatter(level, &self.dv, &kv_rows, dim, &[1.0], dvalue, padded);
         }
-    }
-
-    /// Prefetches part of what the unit will read: the first query head and the keys and values.
-    fn prefetch_inputs(&self, unit: Unit, part: Range<usize>) {
-        let (problem, dim) = (self.problem, self.problem.cfg.head_dim);
-        let bases = problem.query_bases(unit, 0);
-        let tokens = slice_of(&problem.query_tokens[unit.group], &part);
-        let rows = Rows {
-            tokens,
-            bases: &bases,
-            width: problem.query_width(),
-        };
-        for source in [&self.q, self.outs, self.douts] {
-            prefetch(&starts(source), &rows, dim);
-        }
-        let bases = problem.key_bases(unit);
-        let tokens = slice_of(&problem.key_tokens[unit.group], &part);
-        let rows = Rows {
-            tokens,
-            bases: &bases,
-            width: problem.key_width(),
-        };
-        prefetch(&starts(&self.k), &rows, dim);
-        prefetch(&starts(&self.v), &rows, dim);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::layout::{Rows, gather, prefetch, scatter};
 use super::{
-    AttentionConfig, Problem, Segment, Unit, Workspace, block_rows, rows, shared, slice_of, starts,
+    AttentionConfig, Inputs, Problem, Segment, Unit, Workspace, block_rows, rows, shared,
     starts_of, workspace_len,
 };
 use crate::error::{KernelError, check_eq};
@@ -10,7 +10,6 @@ use crate::pool::{Scratch, SharedPtr};
 use crate::simd::Level;
 use crate::tile::{Left, Out, Right, Size, Start, multiply, pack_transposed};
 use std::f32::consts::{LN_2, LOG2_E};
-use std::ops::Range;
 
 pub(super) fn run(
     level: Level,
@@ -32,9 +31,7 @@ pub(super) fn run(
     let unit = Forward {
         level,
         problem: &problem,
-        q: segments.iter().map(|s| s.q).collect(),
-        k: segments.iter().map(|s| s.k).collect(),
-        v: segments.iter().map(|s| s.v).collect(),
+        inputs: Inputs::of(segments),
         outs: shared(outs),
         lse: SharedPtr(lse.as_mut_ptr()),
     };
@@ -45,9 +42,7 @@ pub(super) fn run(
 struct Forward<'a> {
     level: Level,
     problem: &'a Problem<'a>,
-    q: Vec<&'a [f32]>,
-    k: Vec<&'a [f32]>,
-    v: Vec<&'a [f32]>,
+    inputs: Inputs<'a>,
     outs: Vec<SharedPtr<f32>>,
     lse: SharedPtr<f32>,
 }
@@ -91,9 +86,9 @@ impl Forward<'_> {
         };
         // `values` serves as the unpacked keys first.
         values[keys.len() * padded..].fill(0.0);
-        gather(level, &self.k, &kv_rows, dim, 1.0, values, padded);
+        gather(level, &self.inputs.k, &kv_rows, dim, 1.0, values, padded);
         pack_transposed(level, padded, values, packed_keys);
-        gather(level, &self.v, &kv_rows, dim, 1.0, values, padded);
+        gather(level, &self.inputs.v, &kv_rows, dim, 1.0, values, padded);
         problem.fill_bias(sample, keys, bias);
 
         self.prefetch_outputs(unit);
@@ -110,19 +105,14 @@ impl Forward<'_> {
                 };
                 gather(
                     level,
-                    &self.q,
+                    &self.inputs.q,
                     &q_rows,
                     dim,
                     cfg.scale * LOG2_E,
                     query,
                     padded,
                 );
-                // Under the causal mask the block sees keys up to its last row only.
-                let (seen, first_limit) = if cfg.causal {
-                    ((first + m).next_multiple_of(lanes), first + 1)
-                } else {
-                    (width, usize::MAX)
-                };
+                let (seen, first_limit) = problem.seen(first, m, lanes, width);
                 multiply(
                     level,
                     Size {
@@ -139,7 +129,7 @@ impl Forward<'_> {
                     },
                 );
                 if let Some(next) = next.filter(|_| i == 0) {
-                    self.prefetch_inputs(next, first..first + m);
+                    self.inputs.prefetch(problem, &[], next, first..first + m);
                 }
                 let scores = &mut scores[..m * seen];
                 rows::softmax_rows(level, scores, seen, first_limit, max, sum);
@@ -193,27 +183,5 @@ impl Forward<'_> {
             };
             prefetch(&targets, &rows, problem.cfg.head_dim);
         }
-    }
-
-    /// Prefetches part of what the unit will read: the first query head and the keys and values.
-    fn prefetch_inputs(&self, unit: Unit, part: Range<usize>) {
-        let (problem, dim) = (self.problem, self.problem.cfg.head_dim);
-        let bases = problem.query_bases(unit, 0);
-        let tokens = slice_of(&problem.query_tokens[unit.group], &part);
-        let rows = Rows {
-            tokens,
-            bases: &bases,
-            width: problem.query_width(),
-        };
-        prefetch(&starts(&self.q), &rows, dim);
-        let bases = problem.key_bases(unit);
-        let tokens = slice_of(&problem.key_tokens[unit.group], &part);
-        let rows = Rows {
-            tokens,
-            bases: &bases,
-            width: problem.key_width(),
-        };
-        prefetch(&starts(&self.k), &rows, dim);
-        prefetch(&starts(&self.v), &rows, dim);
     }
 }

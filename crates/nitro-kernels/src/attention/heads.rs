@@ -15,7 +15,10 @@ use super::rows::softmax_rows;
 #[cfg(target_arch = "x86_64")]
 use super::softmax_x86::probabilities;
 use super::{AttentionConfig, Workspace, block_rows, workspace_len};
-use crate::gemm::{Interleave, KernelSet, LANES, Unit, convert_run, interleave_rows};
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::{Interleave, Unit, convert_run, interleave_rows};
+use crate::gemm::{KernelSet, LANES};
+#[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::packed::{Activations, Format, PanelFn, PanelTile, TILE_ROWS, kernel};
 use crate::pool::{Scratch, SharedPtr};
@@ -69,6 +72,13 @@ pub(crate) struct Heads<'a> {
     keys: Vec<Vec<Token>>,
     queries: Vec<Vec<Token>>,
     /// Scores cannot leave the range of `2^x`, so that a softmax need not look for their maximum.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(
+            dead_code,
+            reason = "only the kernel for x86 has a softmax without maximum"
+        )
+    )]
     bounded: bool,
 }
 

@@ -26,6 +26,7 @@ pub use linear::{
     LinearAttentionShape, relu_linear_attention_backward, relu_linear_attention_forward,
 };
 
+use self::layout::{Rows, prefetch};
 use crate::error::{KernelError, check_eq};
 use crate::pool::{Scratch, SharedPtr, num_threads, par_for};
 use crate::simd::Level;
@@ -336,6 +337,15 @@ impl<'a> Problem<'a> {
         self.offsets[t.segment as usize] + t.token as usize
     }
 
+    /// The keys that `m` queries from `first` on see, in whole vectors of the padded `width`, and how many
+    /// of them the first one sees: under the causal mask a block sees keys up to its last row only.
+    fn seen(&self, first: usize, m: usize, lanes: usize, width: usize) -> (usize, usize) {
+        match self.cfg.causal {
+            true => ((first + m).next_multiple_of(lanes), first + 1),
+            false => (width, usize::MAX),
+        }
+    }
+
     /// Fills `bias` with 0 for visible keys and `-inf` for hidden ones and the padding.
     fn fill_bias(&self, sample: usize, keys: &[layout::Token], bias: &mut [f32]) {
         let (real, padding) = bias.split_at_mut(keys.len());
@@ -349,6 +359,46 @@ impl<'a> Problem<'a> {
                 }
             }
         }
+    }
+}
+
+/// What an attention reads, segment by segment.
+struct Inputs<'a> {
+    q: Vec<&'a [f32]>,
+    k: Vec<&'a [f32]>,
+    v: Vec<&'a [f32]>,
+}
+
+impl<'a> Inputs<'a> {
+    fn of(segments: &[Segment<'a>]) -> Self {
+        Self {
+            q: segments.iter().map(|s| s.q).collect(),
+            k: segments.iter().map(|s| s.k).collect(),
+            v: segments.iter().map(|s| s.v).collect(),
+        }
+    }
+
+    /// Prefetches part of what `unit` will read: the first query head, the same rows of `more`, and the
+    /// keys and values.
+    fn prefetch(&self, problem: &Problem<'_>, more: &[&[&[f32]]], unit: Unit, part: Range<usize>) {
+        let dim = problem.cfg.head_dim;
+        let bases = problem.query_bases(unit, 0);
+        let rows = Rows {
+            tokens: slice_of(&problem.query_tokens[unit.group], &part),
+            bases: &bases,
+            width: problem.query_width(),
+        };
+        for source in [&[self.q.as_slice()], more].concat() {
+            prefetch(&starts(source), &rows, dim);
+        }
+        let bases = problem.key_bases(unit);
+        let rows = Rows {
+            tokens: slice_of(&problem.key_tokens[unit.group], &part),
+            bases: &bases,
+            width: problem.key_width(),
+        };
+        prefetch(&starts(&self.k), &rows, dim);
+        prefetch(&starts(&self.v), &rows, dim);
     }
 }
 

@@ -29,5 +29,7 @@ pub use sums::column_sum;
 pub(crate) use convert::{Interleave, convert_run, interleave, interleave_rows, transpose16};
 pub(crate) use driver::{Finish, Part, Target, run_part, run_rows, serial};
 pub(crate) use epilogue::{apply_with_isa, fma};
-pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile, Unit};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use kernel::Unit;
+pub(crate) use kernel::{KernelSet, LANES, MAX_ROWS, Tile};
 pub(crate) use pack::{Layout, MAX_BLOCK_UNITS, pack_b};

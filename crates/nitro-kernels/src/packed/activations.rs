@@ -1,7 +1,7 @@
 //! The left-hand side of a product with packed weights: rows in the units the micro-kernels read.
 
 use super::sink::Lines;
-use crate::gemm::{KernelSet, Unit, convert_run};
+use crate::gemm::{KernelSet, convert_run};
 use crate::isa::multiversion;
 use crate::pool::{Scratch, SharedPtr};
 
@@ -164,11 +164,6 @@ fn quantize<const FUSED: bool>(values: &[f32], target: &mut [u8], scale: &mut f3
 multiversion! {
     /// Quantises a row: `x` is about `scale * (byte - 128)`, bytes from 1 to 255.
     pub(super) fn quantize_row = quantize(values: &[f32], target: &mut [u8], scale: &mut f32)
-}
-
-/// Whether a set's units hold bf16 pairs (else f32).
-pub(crate) fn is_paired(set: &KernelSet) -> bool {
-    set.unit == Unit::Bf16Pair
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@
 //! first-level cache, and the next panel is fetched on the way.
 
 use super::activations::Format;
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::Unit;
 use crate::gemm::{KernelSet, LANES, MAX_ROWS, Tile};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
@@ -32,7 +34,15 @@ pub(crate) struct PanelTile {
     pub(crate) accumulate: bool,
     /// What to fetch into the second-level cache meanwhile, and how many bytes to advance every two
     /// units. Any address will do.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "only the kernel for x86 fetches ahead")
+    )]
     pub(crate) prefetch: *const u8,
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "only the kernel for x86 fetches ahead")
+    )]
     pub(crate) prefetch_step: usize,
 }
 
@@ -47,7 +57,7 @@ pub(crate) type PanelFn = unsafe fn(&KernelSet, &PanelTile);
 pub(crate) fn kernel(set: &KernelSet, format: Format) -> PanelFn {
     match (set.isa, format) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512Bf16, Format::Float) if super::activations::is_paired(set) => x86::bf16_panel,
+        (Isa::Avx512Bf16, Format::Float) if set.unit == Unit::Bf16Pair => x86::bf16_panel,
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512Bf16 | Isa::Avx512, Format::Float) => x86::f32_panel,
         #[cfg(target_arch = "x86_64")]

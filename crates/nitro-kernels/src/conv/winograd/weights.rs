@@ -149,6 +149,7 @@ impl Weights {
     }
 
     /// Units of one point and output.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn units(&self) -> usize {
         self.units
     }
