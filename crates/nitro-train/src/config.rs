@@ -47,6 +47,11 @@ pub struct CommonConfig {
     /// (gradient accumulation).
     #[serde(default = "one_part")]
     pub accumulate: usize,
+    /// Parts that are computed at the same time, each on the threads that the others leave free: small
+    /// models gain, whose operations are too short to be shared out well. `accumulate` counts rounds of
+    /// so many parts.
+    #[serde(default = "one_part")]
+    pub parallel: usize,
     /// AdamW.
     pub optimizer: OptimizerConfig,
     /// Steps of linear warm-up from zero.
@@ -255,6 +260,13 @@ fn one() -> f32 {
     1.0
 }
 
+impl CommonConfig {
+    /// Parts that a process's share of a step is computed in.
+    pub fn parts(&self) -> usize {
+        self.accumulate * self.parallel
+    }
+}
+
 impl RunConfig {
     /// Reads `path` and applies `key.path=value` overrides, whose values are YAML.
     ///
@@ -297,17 +309,22 @@ impl RunConfig {
     /// Whether a run of `processes` can be made of it, and if not, why.
     pub fn check(&self, processes: usize) -> Result<(), TrainError> {
         let run = &self.run;
-        let parts = processes * run.accumulate;
-        let reason = if run.batch_size == 0 || run.accumulate == 0 {
-            "batch_size and accumulate must be at least 1".to_owned()
-        } else if !run.batch_size.is_multiple_of(parts) {
+        let parts = run.parts();
+        let whole = matches!(self.task, TaskConfig::Grpo(_) | TaskConfig::Distill(_));
+        let reason = if run.batch_size == 0 || parts == 0 {
+            "batch_size, accumulate and parallel must be at least 1".to_owned()
+        } else if !run.batch_size.is_multiple_of(processes * parts) {
             format!(
-                "batch_size {} does not divide among {processes} processes and {} parts of each \
-                 (accumulate)",
-                run.batch_size, run.accumulate
+                "batch_size {} does not divide among {processes} processes and {parts} parts of each \
+                 (accumulate {}, parallel {})",
+                run.batch_size, run.accumulate, run.parallel
             )
-        } else if processes > 1 && matches!(self.task, TaskConfig::Grpo(_) | TaskConfig::Distill(_))
-        {
+        } else if whole && run.parallel > 1 {
+            format!(
+                "a task of kind `{}` computes one part at a time: parallel must be 1",
+                self.task.kind()
+            )
+        } else if whole && processes > 1 {
             format!(
                 "a task of kind `{}` runs as one process, and {processes} were started",
                 self.task.kind()

@@ -13,6 +13,7 @@ use burn::tensor::{Device, Tensor};
 use nitro_data::mds::Damage;
 use nitro_models::{Params, TensorMap};
 use nitro_ops::Precision;
+use rayon::prelude::*;
 
 use crate::TrainError;
 use crate::checkpoint::Checkpoint;
@@ -25,7 +26,7 @@ use crate::store::ParameterStore;
 
 /// Steps with a gradient that is not finite, in a row, that end a run.
 const MAX_SKIPPED: u64 = 50;
-/// Parts of batches that are made ahead of the step in hand.
+/// Batches that are made ahead, for each part that is computed at the same time.
 const AHEAD: usize = 2;
 
 /// What a training step minimises, and what it reports.
@@ -165,15 +166,15 @@ pub fn train<T: Task>(
     let first = state.step;
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let (send, batches) = sync_channel(AHEAD);
+        let (send, batches) = sync_channel(AHEAD * common.parallel);
         let ended = &ended;
         scope.spawn(move || {
             for step in first..common.max_steps {
-                for part in 0..common.accumulate {
+                for part in 0..common.parts() {
                     if ended.load(Ordering::Relaxed) {
                         return;
                     }
-                    let share = comm::share(comm, common.batch_size, part, common.accumulate);
+                    let share = comm::share(comm, common.batch_size, part, common.parts());
                     // The run may have panicked.
                     if send.send(task.batch(step, share)).is_err() {
                         return;
@@ -329,29 +330,43 @@ impl<T: Task> Run<'_, T> {
         )
     }
 
+    /// The gradients of some parts of a step, all at the same time.
+    fn measure(&self, batches: Vec<T::Batch>) -> Vec<Result<Measured, TrainError>> {
+        let (store, precision) = (&self.state.store, self.config.run.precision.into());
+        let one = |batch| self.task.gradients(store, precision, batch);
+        match batches.len() {
+            1 => batches.into_iter().map(one).collect(),
+            _ => batches.into_par_iter().map(one).collect(),
+        }
+    }
+
     /// One optimiser step; whether it was applied, and whether any process was asked to stop.
     fn step(&mut self) -> Result<(bool, bool), TrainError> {
         let common = &self.config.run;
-        let weight = 1.0 / common.accumulate as f32;
+        let weight = 1.0 / common.parts() as f32;
         let mut gradients = NamedGradients::new();
         let asked = self.options.stop;
         let asked = asked.is_some_and(|flag| flag.load(Ordering::Relaxed));
         let mut names = vec!["stop"];
         let mut numbers = vec![f64::from(u8::from(asked))];
-        for part in 0..common.accumulate {
+        for _ in 0..common.accumulate {
             let waited = Instant::now();
-            let batch = receive(&self.batches).ok_or(TrainError::DataThread)??;
+            let batches: Vec<T::Batch> = (0..common.parallel)
+                .map(|_| receive(&self.batches).ok_or(TrainError::DataThread)?)
+                .collect::<Result<_, _>>()?;
             self.meter.wait(waited.elapsed());
-            let precision = common.precision.into();
-            let measured = self.task.gradients(&self.state.store, precision, batch)?;
-            if part == 0 {
-                names.extend(measured.numbers.iter().map(|(name, _)| *name));
-                numbers.resize(names.len(), 0.0);
+            // Added up in order, whichever part is done first.
+            for measured in self.measure(batches) {
+                let measured = measured?;
+                if names.len() == 1 {
+                    names.extend(measured.numbers.iter().map(|(name, _)| *name));
+                    numbers.resize(names.len(), 0.0);
+                }
+                for (sum, (_, value)) in numbers[1..].iter_mut().zip(&measured.numbers) {
+                    *sum += value * f64::from(weight);
+                }
+                add_gradients(&mut gradients, measured.gradients, weight);
             }
-            for (sum, (_, value)) in numbers[1..].iter_mut().zip(&measured.numbers) {
-                *sum += value * f64::from(weight);
-            }
-            add_gradients(&mut gradients, measured.gradients, weight);
         }
         comm::mean(self.comm, &mut gradients, &mut numbers)?;
         let lr = self.rate(self.state.step);

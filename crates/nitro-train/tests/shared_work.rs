@@ -32,12 +32,13 @@ fn config(extra: &str) -> RunConfig {
     RunConfig::load(&configs.join("miniature-autoencoder.yaml"), &overrides).unwrap()
 }
 
-/// Weights and losses of a run by `ranks` processes, each computing its share in `parts`.
-fn run(folder: &Path, ranks: usize, parts: usize) -> (ParameterStore, Vec<f64>) {
-    let dir = folder.join(format!("{ranks}-{parts}"));
+/// Weights and losses of a run by `ranks` processes, each computing its share in `parts`: rounds, and parts
+/// of a round.
+fn run(folder: &Path, ranks: usize, parts: [usize; 2]) -> (ParameterStore, Vec<f64>) {
+    let dir = folder.join(format!("{ranks}-{parts:?}"));
     let work = |comm: Thread, dir: PathBuf| {
         let mut config = config("run.seed=5");
-        config.run.accumulate = parts;
+        [config.run.accumulate, config.run.parallel] = parts;
         let options = RunOptions {
             quiet: true,
             comm: Arc::new(comm),
@@ -59,15 +60,15 @@ fn run(folder: &Path, ranks: usize, parts: usize) -> (ParameterStore, Vec<f64>) 
 #[test]
 fn processes_and_parts_change_nothing_but_rounding() {
     let folder = tempfile::tempdir().unwrap();
-    let (weights, losses) = run(folder.path(), 1, 1);
+    let (weights, losses) = run(folder.path(), 1, [1, 1]);
     assert_eq!(losses.len(), 6);
     assert!(losses[5] < losses[0], "{losses:?}");
-    for (ranks, parts) in [(1, 2), (2, 1), (2, 2)] {
+    for (ranks, parts) in [(1, [2, 1]), (2, [1, 1]), (2, [2, 1]), (2, [1, 2])] {
         let (others, curve) = run(folder.path(), ranks, parts);
         for (a, b) in losses.iter().zip(&curve) {
             assert!(
                 (a - b).abs() < 1e-4 * a,
-                "{ranks} x {parts}: {losses:?} {curve:?}"
+                "{ranks} x {parts:?}: {losses:?} {curve:?}"
             );
         }
         for (name, entry) in weights.iter() {
@@ -80,10 +81,25 @@ fn processes_and_parts_change_nothing_but_rounding() {
             let bound = 1e-4 * size + 1e-10;
             assert!(
                 error < bound,
-                "{ranks} x {parts}: {name} is off by {error:e} of {size:e}"
+                "{ranks} x {parts:?}: {name} is off by {error:e} of {size:e}"
             );
         }
     }
+}
+
+#[test]
+fn parts_at_the_same_time_give_the_bits_of_parts_one_after_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let results = [[4, 1], [2, 2], [1, 4]].map(|parts| run(folder.path(), 1, parts));
+    let bits = |(weights, losses): &(ParameterStore, Vec<f64>)| {
+        let weights = weights.iter().map(|(name, entry)| {
+            let bits = entry.value.iter().map(|x| x.to_bits());
+            (name.to_owned(), bits.collect::<Vec<_>>())
+        });
+        (weights.collect::<Vec<_>>(), losses.clone())
+    };
+    let [first, second, third] = results.each_ref().map(bits);
+    assert!(first == second && second == third);
 }
 
 #[test]
