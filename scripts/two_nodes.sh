@@ -42,7 +42,7 @@ ip link add nodes0 type bridge
 ip addr add "$net.1/24" dev nodes0
 ip link set nodes0 up
 for node in 1 2; do
-    mkdir -p "tmp$node" "spool$node"
+    mkdir "tmp$node"
     ip netns add "node$node"
     ip link add "nodes$node" type veth peer name eth0 netns "node$node"
     ip link set "nodes$node" master nodes0 up
@@ -133,7 +133,7 @@ NodeName=node2 NodeAddr=$net.12 CPUs=$(nproc) State=UNKNOWN
 PartitionName=all Nodes=node1,node2 Default=YES State=UP
 EOF
 printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nIgnoreSystemd=yes\n' > cgroup.conf
-mkdir -p spool
+mkdir spool
 export SLURM_CONF=$dir/slurm.conf
 slurmctld -c -f "$dir/slurm.conf"
 for node in 1 2; do inside $node slurmd -f "$dir/slurm.conf" -N "node$node"; done

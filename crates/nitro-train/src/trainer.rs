@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
@@ -207,19 +207,17 @@ pub fn train<T: Task>(
 /// A run waits on a thread of the pool, which the data thread hands work to: blocked, a pool of one
 /// thread would never do it. So the wait takes part in the work.
 fn receive<B>(batches: &Receiver<B>) -> Option<B> {
+    let mut patience = Duration::ZERO;
     loop {
-        match batches.try_recv() {
+        match batches.recv_timeout(patience) {
             Ok(batch) => return Some(batch),
-            Err(TryRecvError::Disconnected) => return None,
-            Err(TryRecvError::Empty) => {}
+            Err(RecvTimeoutError::Disconnected) => return None,
+            Err(RecvTimeoutError::Timeout) => {}
         }
-        if rayon::yield_now() != Some(rayon::Yield::Executed) {
-            match batches.recv_timeout(Duration::from_micros(100)) {
-                Ok(batch) => return Some(batch),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-        }
+        patience = match rayon::yield_now() {
+            Some(rayon::Yield::Executed) => Duration::ZERO,
+            _ => Duration::from_micros(100),
+        };
     }
 }
 

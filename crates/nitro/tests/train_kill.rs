@@ -116,9 +116,11 @@ fn one_thread_trains_and_stops_when_asked() {
     let status = ends(one("whole").spawn().unwrap());
     assert!(status.success(), "{status}");
 
-    let child = one("stopped").arg("run.max_steps=1000000").spawn().unwrap();
+    let mut child = one("stopped").arg("run.max_steps=1000000").spawn().unwrap();
     let first = folder.path().join("stopped/checkpoints");
     while !std::fs::read_dir(&first).is_ok_and(|mut files| files.next().is_some()) {
+        let ended = child.try_wait().unwrap();
+        assert_eq!(ended, None, "the run ended before its first checkpoint");
         std::thread::sleep(Duration::from_millis(50));
     }
     let signal = Command::new("kill")

@@ -388,7 +388,7 @@ impl<'a> Inputs<'a> {
             bases: &bases,
             width: problem.query_width(),
         };
-        for source in [&[self.q.as_slice()], more].concat() {
+        for source in std::iter::once(self.q.as_slice()).chain(more.iter().copied()) {
             prefetch(&starts(source), &rows, dim);
         }
         let bases = problem.key_bases(unit);

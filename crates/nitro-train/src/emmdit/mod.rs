@@ -410,8 +410,10 @@ impl Task for EmmditTraining<'_> {
     }
 
     fn score(&self, averaged: &TensorMap) -> Result<Option<f64>, TrainError> {
-        let scores = self.bench_scores(averaged, self.task.score_prompts)?;
-        Ok(scores.map(|scores| scores.right))
+        match self.task.score_prompts {
+            0 => Ok(None),
+            count => Ok(Some(self.bench_scores(averaged, count)?.right)),
+        }
     }
 
     fn damage(&self) -> Vec<Damage> {

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::EmmditTraining;
 use crate::TrainError;
 use crate::pictures::{sample_path, to_bytes, write_grid};
-use crate::rewards::{JudgeScorer, Sample, Scorer};
+use crate::rewards::{Sample, credit, is_right};
 
 /// Pictures made at once for a score.
 const TOGETHER: usize = 20;
@@ -26,12 +26,21 @@ pub(crate) const STEPS: usize = 20;
 pub(crate) const GUIDANCE: f32 = 4.5;
 
 /// What the judge says of pictures of the shapes bench, means from 0 to 1.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct BenchScores {
     /// The share that is right: the bench's own score.
     pub(crate) right: f64,
-    /// Partly right pictures counted in part ([`JudgeScorer`]), which tells weak models apart.
+    /// Partly right pictures counted in part, as a reward counts them: tells weak models apart.
     pub(crate) credit: f64,
+}
+
+impl BenchScores {
+    fn add(&mut self, sample: &Sample<'_>) -> Result<(), String> {
+        let right = is_right(sample)?;
+        self.right += f64::from(u8::from(right));
+        self.credit += if right { 1.0 } else { credit(sample)? };
+        Ok(())
+    }
 }
 
 impl EmmditTraining<'_> {
@@ -90,48 +99,37 @@ impl EmmditTraining<'_> {
         Ok(path)
     }
 
-    /// How right pictures of `count` prompts of the shapes bench are, spread over its tasks; `None` for
-    /// no prompts.
+    /// How right pictures of `count` prompts of the shapes bench are, at least one, spread over its tasks.
     pub(crate) fn bench_scores(
         &self,
         averaged: &TensorMap,
         count: usize,
-    ) -> Result<Option<BenchScores>, TrainError> {
+    ) -> Result<BenchScores, TrainError> {
         let bench = shapes_bench();
-        let count = count.min(bench.len());
-        if count == 0 {
-            return Ok(None);
-        }
+        let count = count.clamp(1, bench.len());
         let chosen: Vec<_> = (0..count)
             .map(|i| &bench[i * bench.len() / count])
             .collect();
-        let mut sums = [0.0; 2];
+        let mut scores = BenchScores::default();
         for group in chosen.chunks(TOGETHER) {
             let prompts: Vec<&str> = group.iter().map(|prompt| prompt.prompt()).collect();
             // Seed 0 for each, as the bench's first picture of a prompt has.
             let pictures = self.pictures(averaged, &prompts, &vec![0; group.len()])?;
             let [_, _, height, width] = pictures.dims().map(|n| n as u32);
-            let pictures: Vec<RgbImage> = to_bytes(pictures)
-                .into_iter()
-                .filter_map(|rgb| RgbImage::from_raw(width, height, rgb))
-                .collect();
-            let samples = group.iter().zip(&pictures);
-            let samples: Vec<Sample<'_>> = samples
-                .map(|(prompt, picture)| Sample {
+            for (prompt, rgb) in group.iter().zip(to_bytes(pictures)) {
+                let picture = RgbImage::from_raw(width, height, rgb).unwrap_or_default();
+                let sample = Sample {
                     metadata: &prompt.metadata,
-                    picture,
-                })
-                .collect();
-            for (sum, partial) in sums.iter_mut().zip([0.0, 1.0]) {
-                let scores = JudgeScorer { partial }.score(&samples);
-                let scores = scores.map_err(|reason| TrainError::Config {
+                    picture: &picture,
+                };
+                scores.add(&sample).map_err(|reason| TrainError::Config {
                     origin: "the score".into(),
                     reason,
                 })?;
-                *sum += scores.iter().sum::<f64>();
             }
         }
-        let [right, credit] = sums.map(|sum| sum / count as f64);
-        Ok(Some(BenchScores { right, credit }))
+        scores.right /= count as f64;
+        scores.credit /= count as f64;
+        Ok(scores)
     }
 }

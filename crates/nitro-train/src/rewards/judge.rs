@@ -17,22 +17,31 @@ pub struct JudgeScorer {
 
 impl Scorer for JudgeScorer {
     fn score(&self, samples: &[Sample<'_>]) -> Result<Vec<f64>, String> {
-        let one = |sample: &Sample<'_>| -> Result<f64, String> {
-            let (width, height) = sample.picture.dimensions();
-            let size = (width as usize, height as usize);
-            let rgb = (sample.picture.as_raw().as_slice(), size.0, size.1);
-            let verdict = score_with(sample.metadata, "sample", rgb, &options())
-                .map_err(|error| error.to_string())?;
-            let strict = f64::from(u8::from(verdict.correct));
-            if self.partial == 0.0 || verdict.correct {
-                return Ok(strict);
-            }
-            let found = judge(rgb.0, size.0, size.1).map_err(|error| error.to_string())?;
-            let clauses = &sample.metadata.include;
-            Ok(self.partial * partial_credit(clauses, &found))
+        let one = |sample: &Sample<'_>| match is_right(sample)? {
+            true => Ok(1.0),
+            false if self.partial == 0.0 => Ok(0.0),
+            false => Ok(self.partial * credit(sample)?),
         };
         samples.par_iter().map(one).collect()
     }
+}
+
+/// Whether a picture shows what its prompt asks.
+pub(crate) fn is_right(sample: &Sample<'_>) -> Result<bool, String> {
+    let verdict = score_with(sample.metadata, "sample", pixels(sample), &options());
+    Ok(verdict.map_err(|error| error.to_string())?.correct)
+}
+
+/// How far a picture that is not right shows what its prompt asks, 0 to 1.
+pub(crate) fn credit(sample: &Sample<'_>) -> Result<f64, String> {
+    let (rgb, width, height) = pixels(sample);
+    let found = judge(rgb, width, height).map_err(|error| error.to_string())?;
+    Ok(partial_credit(&sample.metadata.include, &found))
+}
+
+fn pixels<'a>(sample: &Sample<'a>) -> (&'a [u8], usize, usize) {
+    let (width, height) = sample.picture.dimensions();
+    (sample.picture.as_raw(), width as usize, height as usize)
 }
 
 /// How far a picture is right, 0 to 1: the mean over clauses of how near the count is (as

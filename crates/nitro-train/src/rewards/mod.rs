@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::http::HttpScorer;
 pub use self::judge::JudgeScorer;
+pub(crate) use self::judge::{credit, is_right};
 
 use crate::TrainError;
 

@@ -11,7 +11,6 @@ use nitro_train::trainer::RunOptions;
 use super::failure::{bad_input, say};
 use super::train::CommonArgs;
 
-/// Configurations that serve when no file is named: those of the repository.
 /// Names of the configurations that are taken if none is given.
 const LORA: &str = "lora";
 pub(super) const GRPO: &str = "grpo-miniature";
