@@ -72,9 +72,12 @@ mod under_mpirun {
     use std::time::{Duration, Instant};
 
     use nitro_data::mds::Dataset;
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
-    use super::support::{nitro, said, stderr, stdout};
+    use super::support::scorers::{
+        geneval_prompts, tiny_clip, tiny_detector, tiny_image_reward, write,
+    };
+    use super::support::{golden_model, nitro, said, stderr, stdout};
 
     /// `mpirun` of `ranks` processes, each of them this command.
     fn mpirun(home: &Path, ranks: usize, arguments: &[&str]) -> Command {
@@ -361,5 +364,70 @@ mod under_mpirun {
         };
         assert_eq!(results("bench2"), results("bench1"));
         assert_eq!(results("bench1").lines().count(), 12);
+    }
+    #[test]
+    fn neural_benchmarks_of_two_ranks_are_those_of_one() {
+        let home = tempfile::tempdir().unwrap();
+        let path = |file: &str| home.path().join(file);
+        tiny_clip(&path("clip"));
+        tiny_image_reward(&path("reward"));
+        tiny_detector(&path("detector"));
+        write(
+            &path("styles/anime.json"),
+            &json!(["a red circle", "a blue star", "a ring"]),
+        );
+        let asked = ["a red circle", "a blue star above a ring", "two hearts"];
+        let asked = asked.map(|prompt| json!({ "id": prompt, "prompt": prompt }));
+        write(&path("prompts.json"), &json!(asked));
+        geneval_prompts(&path("prompts.jsonl"));
+        let model = golden_model();
+        let model = model.to_str().unwrap();
+        let benchmarks = [
+            (
+                &["hps", "--hps", "clip", "--prompts", "styles"][..],
+                &["hps.jsonl"][..],
+            ),
+            (
+                &[
+                    "image-reward",
+                    "--image-reward",
+                    "reward",
+                    "--prompts",
+                    "prompts.json",
+                    "-N",
+                    "2",
+                ],
+                &["ImageReward-v1.0-benchmark-result.json"],
+            ),
+            (
+                &[
+                    "geneval",
+                    "--detector",
+                    "detector",
+                    "--clip",
+                    "clip",
+                    "--prompts",
+                    "prompts.jsonl",
+                ],
+                &["results.jsonl", "results-without-duplicates.jsonl"],
+            ),
+        ];
+        for (benchmark, files) in benchmarks {
+            let run = |ranks: usize, out: &str| {
+                let more = ["--model", model, "--steps", "1", "--quiet", "--out", out];
+                let arguments = [&["eval"], benchmark, &more].concat();
+                let output = match ranks {
+                    1 => done(nitro(home.path()).args(arguments)),
+                    ranks => done(&mut mpirun(home.path(), ranks, &arguments)),
+                };
+                let read = |file: &&str| {
+                    let text = std::fs::read_to_string(path(out).join(file)).unwrap();
+                    text.replace(out, "out")
+                };
+                (stdout(&output), files.iter().map(read).collect::<Vec<_>>())
+            };
+            let (one, two) = (format!("{}-1", benchmark[0]), format!("{}-2", benchmark[0]));
+            assert_eq!(run(2, &two), run(1, &one));
+        }
     }
 }

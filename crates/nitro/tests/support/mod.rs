@@ -3,6 +3,7 @@
 
 pub(crate) mod browser;
 pub(crate) mod hub_server;
+pub(crate) mod scorers;
 pub(crate) mod service;
 
 use std::path::{Path, PathBuf};
