@@ -16,6 +16,7 @@ pub use crate::data_config::{DataConfig, MdsData, StreamConfig, WeightedStream};
 use crate::distill::DistillTask;
 use crate::grpo::GrpoTask;
 use crate::lora::LoraTask;
+use crate::optimizer::learning_rate;
 use crate::preference::PreferenceTask;
 
 /// A training run, as resolved from its YAML file and overrides.
@@ -59,6 +60,10 @@ pub struct CommonConfig {
     /// Steps at the end over which the learning rate falls linearly to zero.
     #[serde(default)]
     pub decay_steps: u64,
+    /// Steps at which the learning rate is at its full height again; it falls over the `decay_steps`
+    /// before each of them, too (warm restarts as in SGDR, arXiv 1608.03983).
+    #[serde(default)]
+    pub restarts: Vec<u64>,
     /// Largest norm of the whole gradient.
     pub gradient_clip: f64,
     /// Decay of the exponential moving average of the weights, which is what is exported; 0 exports
@@ -265,6 +270,14 @@ impl CommonConfig {
     pub fn parts(&self) -> usize {
         self.accumulate * self.parallel
     }
+
+    /// The learning rate in force at `step` (0-based).
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        let restarts = self.restarts.iter().filter(|restart| **restart > step);
+        let end = restarts.fold(self.max_steps, |end, restart| end.min(*restart));
+        let (warmup, decay) = (self.warmup_steps, self.decay_steps);
+        learning_rate(self.optimizer.lr, step, end, warmup, decay)
+    }
 }
 
 impl RunConfig {
@@ -382,5 +395,23 @@ mod tests {
         let error = apply_override(&mut value, "run.sed=2").unwrap_err();
         assert!(error.contains("run.sed"), "{error}");
         assert!(apply_override(&mut value, "run.seed").is_err());
+    }
+
+    #[test]
+    fn the_learning_rate_starts_again() {
+        let overrides = |all: &[&str]| -> Vec<String> { all.iter().map(|o| (*o).into()).collect() };
+        let config = |more: &[&str]| {
+            let own = "run.warmup_steps=10 run.decay_steps=20 run.max_steps=100 run.optimizer.lr=1";
+            let all: Vec<&str> = own.split(' ').chain(more.iter().copied()).collect();
+            RunConfig::shipped("miniature-stage1", &overrides(&all)).unwrap()
+        };
+        let two = config(&["run.restarts=[60]"]).run;
+        let rates = [5, 40, 50, 59, 60, 65, 80, 90].map(|step| two.learning_rate(step));
+        assert_eq!(rates, [0.5, 1.0, 0.5, 0.05, 1.0, 1.0, 1.0, 0.5]);
+        // Up to its restart, a run is the one that ends there: a finished one can be made longer.
+        let one = config(&["run.max_steps=60"]).run;
+        assert!((0..60).all(|step| one.learning_rate(step) == two.learning_rate(step)));
+        let beyond = config(&["run.restarts=[200]"]).run;
+        assert!((0..100).all(|s| beyond.learning_rate(s) == config(&[]).run.learning_rate(s)));
     }
 }

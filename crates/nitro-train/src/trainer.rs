@@ -19,7 +19,7 @@ use crate::TrainError;
 use crate::checkpoint::Checkpoint;
 use crate::comm::{self, Comm, Single};
 use crate::config::RunConfig;
-use crate::optimizer::{NamedGradients, add_gradients, learning_rate, named_gradients, step};
+use crate::optimizer::{NamedGradients, add_gradients, named_gradients, step};
 use crate::progress::{Line, Log, Meter};
 use crate::start::{initial, start};
 use crate::store::ParameterStore;
@@ -258,7 +258,7 @@ impl<T: Task> Run<'_, T> {
             }
             self.log.position(step);
             if every(common.log_every, step) {
-                let lr = self.rate(step.saturating_sub(1));
+                let lr = self.config.run.learning_rate(step.saturating_sub(1));
                 let skipped = step - self.state.updates;
                 let mut line = self.meter.take(step, lr, common.batch_size, skipped);
                 self.tell_damage(&mut line)?;
@@ -317,17 +317,6 @@ impl<T: Task> Run<'_, T> {
         Ok(all.into_values().collect())
     }
 
-    fn rate(&self, step: u64) -> f64 {
-        let common = &self.config.run;
-        learning_rate(
-            common.optimizer.lr,
-            step,
-            common.max_steps,
-            common.warmup_steps,
-            common.decay_steps,
-        )
-    }
-
     /// The gradients of some parts of a step, all at the same time.
     fn measure(&self, batches: Vec<T::Batch>) -> Vec<Result<Measured, TrainError>> {
         let (store, precision) = (&self.state.store, self.config.run.precision.into());
@@ -367,7 +356,7 @@ impl<T: Task> Run<'_, T> {
             }
         }
         comm::mean(self.comm, &mut gradients, &mut numbers)?;
-        let lr = self.rate(self.state.step);
+        let lr = self.config.run.learning_rate(self.state.step);
         let report = step(
             &mut self.state.store,
             &gradients,

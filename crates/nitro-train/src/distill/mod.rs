@@ -34,7 +34,6 @@ use crate::comm::Single;
 use crate::config::{CommonConfig, RunConfig};
 use crate::frozen::{Frozen, Sampling, register};
 use crate::miniature::export_emmdit;
-use crate::optimizer::learning_rate;
 use crate::pictures::write_pictures;
 use crate::progress::Log;
 use crate::prompts::Prompts;
@@ -171,13 +170,7 @@ impl Training<'_> {
         let mut skipped = 0;
         let mut meter = Meter::new();
         while state.step < run.max_steps {
-            let lr = learning_rate(
-                run.optimizer.lr,
-                state.step,
-                run.max_steps,
-                run.warmup_steps,
-                run.decay_steps,
-            );
+            let lr = run.learning_rate(state.step);
             let report = self.distiller.step(state, lr)?;
             state.step += 1;
             skipped = if report.applied { 0 } else { skipped + 1 };

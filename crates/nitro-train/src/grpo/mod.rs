@@ -40,7 +40,6 @@ use crate::checkpoint::Checkpoint;
 use crate::comm::Single;
 use crate::config::{CommonConfig, RunConfig};
 use crate::frozen::{Frozen, Sampling, register};
-use crate::optimizer::learning_rate;
 use crate::progress::Log;
 use crate::prompts::Prompts;
 use crate::rewards::{Rewards, Sample, mean_and_spread};
@@ -124,13 +123,7 @@ impl Training<'_> {
             log.write(&json!({ "step": 0, "eval": scores }))?;
         }
         while state.step < run.max_steps {
-            let lr = learning_rate(
-                run.optimizer.lr,
-                state.step,
-                run.max_steps,
-                run.warmup_steps,
-                run.decay_steps,
-            );
+            let lr = run.learning_rate(state.step);
             let policy = self.policy(&match self.task.objective {
                 ObjectiveConfig::Likelihood => state.store.current(),
                 ObjectiveConfig::Forward { .. } => state.store.averaged(),
