@@ -399,19 +399,19 @@ mod tests {
 
     #[test]
     fn the_learning_rate_starts_again() {
-        let overrides = |all: &[&str]| -> Vec<String> { all.iter().map(|o| (*o).into()).collect() };
-        let config = |more: &[&str]| {
+        let run = |last: &str| {
             let own = "run.warmup_steps=10 run.decay_steps=20 run.max_steps=100 run.optimizer.lr=1";
-            let all: Vec<&str> = own.split(' ').chain(more.iter().copied()).collect();
-            RunConfig::shipped("miniature-stage1", &overrides(&all)).unwrap()
+            let all = own.split(' ').chain([last]).map(str::to_owned);
+            let config = RunConfig::shipped("miniature-stage1", &all.collect::<Vec<_>>());
+            config.unwrap().run
         };
-        let two = config(&["run.restarts=[60]"]).run;
+        let two = run("run.restarts=[60]");
         let rates = [5, 40, 50, 59, 60, 65, 80, 90].map(|step| two.learning_rate(step));
         assert_eq!(rates, [0.5, 1.0, 0.5, 0.05, 1.0, 1.0, 1.0, 0.5]);
         // Up to its restart, a run is the one that ends there: a finished one can be made longer.
-        let one = config(&["run.max_steps=60"]).run;
+        let one = run("run.max_steps=60");
         assert!((0..60).all(|step| one.learning_rate(step) == two.learning_rate(step)));
-        let beyond = config(&["run.restarts=[200]"]).run;
-        assert!((0..100).all(|s| beyond.learning_rate(s) == config(&[]).run.learning_rate(s)));
+        let (beyond, none) = (run("run.restarts=[200]"), run("run.restarts=[]"));
+        assert!((0..100).all(|step| beyond.learning_rate(step) == none.learning_rate(step)));
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nitro_data::image::{encode_jpeg, to_planes, vae_picture};
 use nitro_data::mds::{Dataset, INDEX};
 use serde_json::Value;
-use support::{nitro, said, stderr, stdout};
+use support::{golden, nitro, said, stderr, stdout};
 
 fn data(home: &Path, arguments: &[&str]) -> Command {
     let mut command = nitro(home);
@@ -187,8 +187,7 @@ fn dino_features_have_the_official_column() {
     let home = tempfile::tempdir().unwrap();
     photos(&home.path().join("photos"), 2);
     done(home.path(), &["ingest", "folder", "photos", "--out", "set"]);
-    let case =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/dinov2/nitro_resampled");
+    let case = golden("dinov2/nitro_resampled");
     let about: Value = serde_json::from_slice(&fs::read(case.join("case.json")).unwrap()).unwrap();
     let model = home.path().join("dino");
     fs::create_dir(&model).unwrap();

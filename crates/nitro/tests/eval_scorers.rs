@@ -9,10 +9,8 @@ use std::process::{Command, Output};
 use nitro_models::WeightFiles;
 use serde_json::{Value, json};
 use support::hub_server::{Behaviour, HubServer};
-use support::scorers::{
-    geneval_prompts, golden, tiny_clip, tiny_detector, tiny_image_reward, write,
-};
-use support::{files_below, golden_model, nitro, said, stderr, stdout};
+use support::scorers::{geneval_prompts, tiny_clip, tiny_detector, tiny_image_reward, write};
+use support::{files_below, golden, golden_model, nitro, said, stderr, stdout};
 
 fn read_lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap();

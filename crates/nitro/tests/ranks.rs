@@ -113,6 +113,14 @@ mod under_mpirun {
         output
     }
 
+    /// A command that went well, of one process or more.
+    fn shared(home: &Path, ranks: usize, arguments: &[&str]) -> Output {
+        match ranks {
+            1 => done(nitro(home).args(arguments)),
+            ranks => done(&mut mpirun(home, ranks, arguments)),
+        }
+    }
+
     /// A run of a tiny autoencoder in `dir`.
     fn train<'a>(dir: &'a str, export: &'a str, more: &[&'a str]) -> Vec<&'a str> {
         let config = concat!(
@@ -328,10 +336,7 @@ mod under_mpirun {
         let bench = ["eval", "shapes", "--limit", "3", "--steps", "1", "--json"];
         let run = |ranks: usize, arguments: &[&str], out: &str| -> Value {
             let arguments = [arguments, &["--quiet", "--out", out]].concat();
-            let output = match ranks {
-                1 => done(nitro(home.path()).args(arguments)),
-                ranks => done(&mut mpirun(home.path(), ranks, &arguments)),
-            };
+            let output = shared(home.path(), ranks, &arguments);
             serde_json::from_str(stdout(&output).trim())
                 .unwrap_or_else(|e| panic!("{e}: {}", said(&output)))
         };
@@ -365,6 +370,7 @@ mod under_mpirun {
         assert_eq!(results("bench2"), results("bench1"));
         assert_eq!(results("bench1").lines().count(), 12);
     }
+
     #[test]
     fn neural_benchmarks_of_two_ranks_are_those_of_one() {
         let home = tempfile::tempdir().unwrap();
@@ -416,10 +422,7 @@ mod under_mpirun {
             let run = |ranks: usize, out: &str| {
                 let more = ["--model", model, "--steps", "1", "--quiet", "--out", out];
                 let arguments = [&["eval"], benchmark, &more].concat();
-                let output = match ranks {
-                    1 => done(nitro(home.path()).args(arguments)),
-                    ranks => done(&mut mpirun(home.path(), ranks, &arguments)),
-                };
+                let output = shared(home.path(), ranks, &arguments);
                 let read = |file: &&str| {
                     let text = std::fs::read_to_string(path(out).join(file)).unwrap();
                     text.replace(out, "out")

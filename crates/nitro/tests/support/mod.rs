@@ -9,9 +9,16 @@ pub(crate) mod service;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// The folder of a golden case.
+pub(crate) fn golden(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/golden")
+        .join(case)
+}
+
 /// The golden pipeline's model: the official layout with tiny random weights.
 pub(crate) fn golden_model() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/pipeline/model")
+    golden("pipeline/model")
 }
 
 /// A command line that sees none of the caller's Hub settings, cache or model.

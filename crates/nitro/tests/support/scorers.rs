@@ -1,17 +1,12 @@
 //! The benchmarks' scorers with the goldens' tiny weights in the place of the official ones.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nitro_models::{DType, WeightFiles, save_safetensors};
 use serde_json::{Value, json};
 
-/// The folder of a golden case.
-pub(crate) fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/golden")
-        .join(case)
-}
+use super::golden;
 
 fn config(case: &str) -> Value {
     let text = std::fs::read_to_string(golden(case).join("case.json")).unwrap();
